@@ -1,0 +1,452 @@
+"""Evo-LeViT: slow-fast token evolution (Evo-ViT, AAAI 2022, https://arxiv.org/abs/2108.01390) on the LeViT backbone
+(https://arxiv.org/abs/2104.01136).
+
+Every block scores the patch tokens by the attention that the class token pays them. The best of them are updated by
+attention and MLP (slowly); the others are averaged into one representative token, updated with the slow ones, whose
+residuals are then added to each of them (fast). Scores and grid positions travel through `forward` as values
+(`TokenState`), so models never share state.
+
+Parameter names are those of the reference implementation, so that its checkpoints load with strict=True.
+"""
+from typing import NamedTuple, Optional
+
+import torch
+from torch import nn
+
+from .compat import Hardswish, register_model, trunc_normal_
+from .layers import BN_Linear, Conv2d_BN, Linear_BN, fuse_batch_norms
+
+PATCH_SIZE = 16  # the stem's four stride-2 convolutions
+MIN_SIZE = 64  # below this the last stage has no token left
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class TokenState(NamedTuple):
+    """What travels beside the tokens from block to block, in the order in which the patch tokens stand."""
+    score: Optional[torch.Tensor]  # (B, N) global class attention; None before the first attention
+    index: torch.Tensor  # (B, N) int64, each patch token's place in the stem's grid of H / 16 rows, row by row
+
+
+class Mode(NamedTuple):
+    """How the blocks run: plain switches, the same for all of them."""
+    select: bool  # evolving blocks select tokens (off: all tokens go the slow way)
+    learned: bool  # blend scores by sigmoid(learn_tradeoff) instead of 0.5
+
+
+# --------------------------------------------------------------------------------------------- token selection
+
+def _gather_tokens(x, order):
+    """Tokens of x (B, N, C) in the order given by `order` (B, N)."""
+    return x.contiguous().gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _sort_patches(x, state, order):
+    """Brings the patch tokens of x (B, 1 + N, C) and their state into `order` (B, N); the class token stays first."""
+    x = torch.cat((x[:, :1], _gather_tokens(x[:, 1:], order)), dim=1)
+    return x, TokenState(state.score.contiguous().gather(1, order), state.index.contiguous().gather(1, order))
+
+
+def _evolve(residuals, x, state, num_slow, learned):
+    """Slow-fast updating (paper, section 3.3): runs `residuals` on the class token, the `num_slow` best patch tokens
+    and the representative token; every other token receives the representative's residuals.
+
+    x is (B, 1 + N, C); returns it and the state sorted by score, best first.
+    """
+    x, state = _sort_patches(x, state, state.score.argsort(dim=1, descending=True))
+    slow, fast = x[:, :1 + num_slow], x[:, 1 + num_slow:]
+
+    weight = state.score[:, num_slow:]
+    weight = weight / weight.sum(dim=1, keepdim=True)
+    representative = (weight.unsqueeze(-1) * fast).sum(dim=1, keepdim=True)  # (B, 1, C)
+
+    slow, score = torch.cat((slow, representative), dim=1), state.score
+    for residual in residuals:
+        delta, score = residual.delta(slow, score, num_slow, learned)
+        slow = slow + delta
+        fast = fast + delta[:, -1:]
+    return torch.cat((slow[:, :-1], fast), dim=1), TokenState(score, state.index)
+
+
+def _update_all(residuals, x, state, mode):
+    """Runs `residuals` on every token: no selection."""
+    for residual in residuals:
+        x, state = residual(x, state, mode)
+    return x, state
+
+
+# --------------------------------------------------------------------------------------------- attention
+
+class _ClassAttention(nn.Module):
+    """What both attentions share: the trade-off by which a block's class attention enters the global one."""
+
+    def __init__(self, key_dim, num_heads, attn_ratio):
+        super().__init__()
+        self.learn_tradeoff = nn.Parameter(torch.zeros(1))
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.value_dim = int(attn_ratio * key_dim)
+        self.scale = key_dim ** -0.5
+
+    def blend(self, score, class_attn, learned):
+        """g <- (1 - t) g + t a for the leading tokens that `class_attn` (B, n) covers; the others keep their score."""
+        num = class_attn.shape[1]
+        tradeoff = torch.sigmoid(self.learn_tradeoff) if learned else 0.5
+        blended = (1 - tradeoff) * score[:, :num] + tradeoff * class_attn
+        return blended if num == score.shape[1] else torch.cat((blended, score[:, num:]), dim=1)
+
+    def attention_macs(self, queries, keys):
+        """Multiply-adds of the two attention products for one image, which no layer inside shows."""
+        return self.num_heads * queries * keys * (self.key_dim + self.value_dim)
+
+
+class Attention(_ClassAttention):
+    """LeViT's multi-head self-attention, without attention bias, that also updates the global class attention."""
+
+    def __init__(self, dim, key_dim, num_heads, attn_ratio=2):
+        super().__init__(key_dim, num_heads, attn_ratio)
+        self.qkv = Linear_BN(dim, num_heads * (2 * key_dim + self.value_dim))
+        self.proj = nn.Sequential(Hardswish(), Linear_BN(num_heads * self.value_dim, dim, bn_weight_init=0))
+
+    def macs(self, x, *_):
+        return self.attention_macs(x.shape[1], x.shape[1])
+
+    def forward(self, x, score, num_slow, learned):
+        """x (B, T, C): class token, `num_slow` patch tokens, and possibly the representative.
+
+        Returns the attended tokens (B, T, C) and the updated scores (B, N).
+        """
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, heads, T, 2 key + value)
+        q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=3)
+        attn = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)  # (B, heads, T, T)
+
+        class_attn = attn[:, :, 0, 1:1 + num_slow].mean(dim=1)  # (B, num_slow)
+        score = class_attn if score is None else self.blend(score, class_attn, learned)
+
+        x = (attn @ v).transpose(1, 2).reshape(B, T, -1)
+        return self.proj(x), score
+
+
+class Subsample(nn.Module):
+    """Every second row and column of the grid, (B, N, C) -> (B, N', C) with N = resolution squared."""
+
+    def __init__(self, resolution, stride=2):
+        super().__init__()
+        self.resolution = resolution
+        self.stride = stride
+
+    def forward(self, x):
+        B, _, C = x.shape
+        grid = x.reshape(B, self.resolution, self.resolution, C)
+        return grid[:, ::self.stride, ::self.stride].reshape(B, -1, C)
+
+
+class AttentionSubsample(_ClassAttention):
+    """The attention between two stages: queries from every second row and column, keys and values from the full grid."""
+
+    def __init__(self, in_dim, out_dim, key_dim, num_heads, resolution, attn_ratio=4):
+        super().__init__(key_dim, num_heads, attn_ratio)
+        self.kv = Linear_BN(in_dim, num_heads * (key_dim + self.value_dim))
+        self.q = nn.Sequential(Subsample(resolution), Linear_BN(in_dim, num_heads * key_dim))
+        self.proj = nn.Sequential(Hardswish(), Linear_BN(num_heads * self.value_dim, out_dim))
+        self.poss = nn.Parameter(torch.zeros(1, resolution ** 2 + 1, in_dim))
+        trunc_normal_(self.poss, std=0.02)
+        self.num_queries = ((resolution - 1) // 2 + 1) ** 2 + 1
+
+    def macs(self, x, *_):
+        return self.attention_macs(self.num_queries, x.shape[1])
+
+    def forward(self, x, state, mode):
+        """x (B, 1 + N, C_in) in any order -> (B, 1 + N', C_out) in grid order, with scores of unchanged sum."""
+        score_sum = state.score.sum(dim=1, keepdim=True)
+        x, state = _sort_patches(x, state, state.index.argsort(dim=1))  # every token back to its place in the grid
+        x = x + self.poss
+
+        B, T, _ = x.shape
+        subsample, project_q = self.q
+        kv = self.kv(x).view(B, T, self.num_heads, -1).transpose(1, 2)
+        k, v = kv.split([self.key_dim, self.value_dim], dim=3)  # (B, heads, T, key), (B, heads, T, value)
+        q = project_q(torch.cat((x[:, :1], subsample(x[:, 1:])), dim=1))
+        q = q.view(B, -1, self.num_heads, self.key_dim).transpose(1, 2)  # (B, heads, 1 + N', key)
+        attn = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)
+
+        class_attn = attn[:, :, 0, 1:].mean(dim=1)  # (B, N)
+        score, class_attn = subsample(torch.stack((state.score, class_attn), dim=-1)).unbind(-1)
+        score = self.blend(score, class_attn, mode.learned)
+        score = score * (score_sum / score.sum(dim=1, keepdim=True))
+        index = subsample(state.index.unsqueeze(-1)).squeeze(-1)
+
+        x = (attn @ v).transpose(1, 2).reshape(B, q.shape[2], -1)
+        return self.proj(x), TokenState(score, index)
+
+
+# --------------------------------------------------------------------------------------------- blocks
+
+class Residual(nn.Module):
+    """x + m(x), where m maps tokens to tokens; in training `m` is dropped for a share `drop` of the images."""
+
+    def __init__(self, m, drop):
+        super().__init__()
+        self.m = m
+        self.drop = drop
+
+    def run(self, x, score, num_slow, learned):
+        return self.m(x), score
+
+    def delta(self, x, score, num_slow, learned):
+        """The residual (B, T, C) to add to x, and the scores."""
+        out, score = self.run(x, score, num_slow, learned)
+        if self.training and self.drop > 0:
+            kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop
+            out = out * kept.to(out.dtype) / (1 - self.drop)
+        return out, score
+
+    def forward(self, x, state, mode):
+        delta, score = self.delta(x, state.score, x.shape[1] - 1, mode.learned)
+        return x + delta, TokenState(score, state.index)
+
+
+class AttentionResidual(Residual):
+    """The residual branch of an Attention, which reads and updates the scores."""
+
+    def run(self, x, score, num_slow, learned):
+        return self.m(x, score, num_slow, learned)
+
+
+class EvoBlock(nn.Module):
+    """One block of layer-wise execution: attention and MLP, on tokens selected anew where keep_ratio < 1."""
+
+    def __init__(self, m1, m2, keep_ratio):
+        super().__init__()
+        self.m1 = m1
+        self.m2 = m2
+        self.keep_ratio = keep_ratio
+
+    def forward(self, x, state, mode):
+        residuals = (self.m1, self.m2)
+        if self.keep_ratio == 1 or not mode.select:
+            return _update_all(residuals, x, state, mode)
+        return _evolve(residuals, x, state, int((x.shape[1] - 1) * self.keep_ratio), mode.learned)
+
+
+class EvoStage(nn.Module):
+    """All evolving blocks of one stage in stage-wise execution: tokens are selected once, before the first of them."""
+
+    def __init__(self, m, keep_ratio):
+        super().__init__()
+        self.m = nn.ModuleList(m)
+        self.keep_ratio = keep_ratio
+
+    def forward(self, x, state, mode):
+        if not mode.select:
+            return _update_all(self.m, x, state, mode)
+        return _evolve(self.m, x, state, int((x.shape[1] - 1) * self.keep_ratio), mode.learned)
+
+
+# --------------------------------------------------------------------------------------------- the model
+
+def _stem(dim):
+    """Four stride-2 3x3 convolutions, (B, 3, H, W) -> (B, dim, H / 16, W / 16)."""
+    return nn.Sequential(
+        Conv2d_BN(3, dim // 8, 3, 2, 1), Hardswish(),
+        Conv2d_BN(dim // 8, dim // 4, 3, 2, 1), Hardswish(),
+        Conv2d_BN(dim // 4, dim // 2, 3, 2, 1), Hardswish(),
+        Conv2d_BN(dim // 2, dim, 3, 2, 1))
+
+
+def _mlp(dim, drop, ratio=2):
+    return Residual(nn.Sequential(
+        Linear_BN(dim, dim * ratio), Hardswish(), Linear_BN(dim * ratio, dim, bn_weight_init=0)), drop)
+
+
+class EvoLeViT(nn.Module):
+    """Evo-LeViT classifier.
+
+    Two execution modes share the weights: stage-wise (tokens selected once per stage) and layer-wise (in every
+    block). In training the output is a tuple of logits (patch, patch distillation, class, class distillation), each
+    (B, num_classes), or the patch logits alone without distillation; in eval it is the mean of the two patch heads.
+
+    Args:
+        embed_dim, num_heads, depth: one value per stage.
+        key_dim: width of a head's keys.
+        drop_path_rate: share of images for which a residual branch is dropped in training.
+        num_classes: 0 for no classifier (the output is then the mean patch token).
+        distillation: build the distillation heads and the class-token heads.
+        img_size: side of the square input in pixels: a multiple of 16, at least 64.
+        full_blocks: number of leading blocks that keep every token.
+        keep_ratio: share of patch tokens that go the slow way in every later block.
+
+    Raises:
+        ValueError: unsupported `img_size`.
+    """
+
+    def __init__(self, embed_dim, key_dim, num_heads, depth, drop_path_rate=0.0, num_classes=1000,
+                 distillation=True, img_size=224, full_blocks=2, keep_ratio=0.5):
+        super().__init__()
+        check_img_size(img_size)
+        self.stage_wise = True
+        self.learn_tradeoff = True
+        self.token_selection = True
+        self.img_size = img_size
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = embed_dim[-1]
+        self.distillation = distillation
+
+        resolution = img_size // PATCH_SIZE
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim[0]))
+        self.poss = nn.Parameter(torch.zeros(1, resolution ** 2 + 1, embed_dim[0]))
+        trunc_normal_(self.poss, std=0.02)
+        self.patch_embed = _stem(embed_dim[0])
+
+        blocks, stage_blocks = [], []  # the same modules, arranged for either mode
+        for stage, dim in enumerate(embed_dim):
+            evolving = []
+            for i in range(depth[stage]):
+                m1 = AttentionResidual(Attention(dim, key_dim, num_heads[stage]), drop_path_rate)
+                m2 = _mlp(dim, drop_path_rate)
+                full = stage == 0 and i < full_blocks
+                blocks.append(EvoBlock(m1, m2, 1 if full else keep_ratio))
+                (stage_blocks if full else evolving).extend((m1, m2))
+            if evolving:
+                stage_blocks.append(EvoStage(evolving, keep_ratio))
+            if stage + 1 < len(embed_dim):
+                out_dim = embed_dim[stage + 1]
+                down = [AttentionSubsample(dim, out_dim, key_dim, dim // key_dim, resolution),
+                        _mlp(out_dim, drop_path_rate)]
+                blocks.extend(down)
+                stage_blocks.extend(down)
+                resolution = (resolution - 1) // 2 + 1
+        self.blocks = nn.ModuleList(blocks)
+        self.stage_blocks = nn.ModuleList(stage_blocks)
+        self.reset_classifier(num_classes)
+
+    # Switches; both modes run on the same weights.
+
+    def set_stage_wise(self, enabled):
+        """Select tokens once per stage (True, as built) or anew in every block (False)."""
+        self.stage_wise = bool(enabled)
+
+    def set_learn_tradeoff(self, enabled):
+        """Blend scores by each block's learned trade-off (True, as built) or by 0.5 (False)."""
+        self.learn_tradeoff = bool(enabled)
+
+    def set_token_selection(self, enabled):
+        """Select tokens (True, as built) or update all of them in every block (False)."""
+        self.token_selection = bool(enabled)
+
+    # timm's model interface.
+
+    @torch.jit.ignore
+    def no_weight_decay(self):
+        """Names of the parameters that weight decay leaves alone beyond the 1-D ones: the position embeddings."""
+        return {name for name in self.state_dict() if name.split(".")[-1] == "poss"}
+
+    def get_classifier(self):
+        """The patch head, or (patch head, patch distillation head)."""
+        return (self.head, self.head_dist) if self.distillation else self.head
+
+    def reset_classifier(self, num_classes, global_pool=None):
+        """New heads for `num_classes` classes; 0 removes them. `global_pool` is fixed: the mean of the patch tokens."""
+        self.num_classes = num_classes
+        names = ["head"] + (["head_dist", "head_cls", "head_cls_dist"] if self.distillation else [])
+        like = self.cls_token
+        for name in names:
+            head = BN_Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+            setattr(self, name, head.to(device=like.device, dtype=like.dtype))
+
+    def forward_tokens(self, x):
+        """Images (B, 3, H, H) -> (tokens (B, 1 + N, C) in their final order, TokenState of the patch tokens)."""
+        if tuple(x.shape[-2:]) != (self.img_size, self.img_size):
+            raise ValueError("this Evo-LeViT was built for {0} x {0} images and got {1} x {2}; "
+                             "build it with img_size set to the size of the images"
+                             .format(self.img_size, x.shape[-2], x.shape[-1]))
+        mode = Mode(self.token_selection, self.learn_tradeoff)
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, C)
+        B, N, _ = x.shape
+        state = TokenState(None, torch.arange(N, device=x.device).expand(B, -1))
+        x = torch.cat((self.cls_token.expand(B, -1, -1), x), dim=1) + self.poss
+        for block in (self.stage_blocks if self.stage_wise else self.blocks):
+            x, state = block(x, state, mode)
+        return x, state
+
+    def forward_features(self, x):
+        """Images (B, 3, H, H) -> class token and patch tokens after the last block, (B, 1 + N, C)."""
+        return self.forward_tokens(x)[0]
+
+    def forward_head(self, x, pre_logits=False):
+        """Tokens (B, 1 + N, C) -> logits, as described at the class; `pre_logits`: the mean patch token (B, C)."""
+        patch = x[:, 1:].mean(dim=1)
+        if pre_logits:
+            return patch
+        if not self.distillation:
+            return self.head(patch)
+        if self.training:
+            cls = x[:, 0]
+            return self.head(patch), self.head_dist(patch), self.head_cls(cls), self.head_cls_dist(cls)
+        return (self.head(patch) + self.head_dist(patch)) / 2
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+    def fuse(self):
+        """Folds every batch norm into its neighbour, in place, for deployment in eval mode; returns the model."""
+        fuse_batch_norms(self)
+        return self
+
+
+def check_img_size(img_size):
+    """Raises ValueError, in one sentence, unless `img_size` is a multiple of 16 and at least 64."""
+    if img_size % PATCH_SIZE or img_size < MIN_SIZE:
+        raise ValueError("image size {} is not supported: Evo-LeViT takes multiples of {} from {} up"
+                         .format(img_size, PATCH_SIZE, MIN_SIZE))
+
+
+# --------------------------------------------------------------------------------------------- registration
+
+# embed_dim (C), key_dim (D), num_heads (N), depth (X), drop_path_rate; heads of the subsampling attentions: C_in / D
+_VARIANTS = {
+    "EvoLeViT_128S": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4)),
+    "EvoLeViT_128": dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 8, 12), depth=(4, 4, 4)),
+    "EvoLeViT_192": dict(embed_dim=(192, 288, 384), key_dim=32, num_heads=(3, 5, 6), depth=(4, 4, 4)),
+    "EvoLeViT_256": dict(embed_dim=(256, 384, 512), key_dim=32, num_heads=(4, 6, 8), depth=(4, 4, 4)),
+    "EvoLeViT_384": dict(embed_dim=(384, 512, 768), key_dim=32, num_heads=(6, 9, 12), depth=(4, 4, 4),
+                         drop_path_rate=0.1),
+}
+
+
+def _default_cfg(img_size):
+    return dict(url="", num_classes=1000, input_size=(3, img_size, img_size), pool_size=None, crop_pct=224 / 256,
+                interpolation="bicubic", fixed_input_size=True, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                first_conv="patch_embed.0.c", classifier=("head.l", "head_dist.l"))
+
+
+default_cfgs = {}  # timm's registry reads this table
+
+
+def _register(name, variant, default_size):
+    """Registers `variant` with timm under `name`."""
+    cfg = default_cfgs[name] = _default_cfg(default_size)
+
+    def build(pretrained=False, num_classes=1000, distillation=True, drop_path_rate=None, img_size=None, **kwargs):
+        for timm_only in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+            kwargs.pop(timm_only, None)
+        if pretrained:
+            raise RuntimeError("no weights of {} are published at a fixed address; "
+                               "load a checkpoint file instead (checkpoint_path=...)".format(name))
+        config = dict(variant, num_classes=num_classes, distillation=distillation, img_size=img_size or default_size)
+        if drop_path_rate is not None:
+            config["drop_path_rate"] = drop_path_rate
+        model = EvoLeViT(**config, **kwargs)
+        model.default_cfg = model.pretrained_cfg = dict(
+            cfg, architecture=name, num_classes=num_classes, input_size=(3, model.img_size, model.img_size))
+        return model
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = "{} at {} pixels; keyword arguments as EvoLeViT's.".format(name, default_size)
+    globals()[name] = register_model(build)
+
+
+for _name, _variant in _VARIANTS.items():
+    _register(_name, _variant, 224)
+    _register(_name + "_384", _variant, 384)
