@@ -47,3 +47,70 @@ else:
 
         def forward(self, x):
             return x * nn.functional.relu6(x + 3) / 6
+
+# --- timm 1.x warns where a model lives under a new name; timm 0.4.12 keeps the factory in timm.models as well.
+from timm.models import create_model  # noqa: E402,F401
+
+
+# --- torch before 2.5 has no allow-list for what torch.load may build, so a restricted unpickler does the same.
+def _safe_globals():
+    """{(module, name): object} that a checkpoint may name beyond tensors: DeiT's family pickles its arguments and
+    NumPy scalars."""
+    import argparse
+
+    import numpy as np
+    scalar = np.float64(0).__reduce__()[0]
+    allowed = {("argparse", "Namespace"): argparse.Namespace, ("numpy", "dtype"): np.dtype}
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        allowed[(module, "scalar")] = scalar
+    for dtype in (np.float64, np.float32, np.int64):
+        cls = type(np.dtype(dtype))
+        if cls is not np.dtype:  # NumPy 1.20 on: each dtype has a class
+            allowed[(cls.__module__, cls.__name__)] = cls
+    return allowed
+
+
+def load_tensors(path):
+    """torch.load on the CPU that builds tensors, plain values and argparse.Namespace, and refuses all else."""
+    allowed = _safe_globals()
+    if hasattr(torch.serialization, "safe_globals"):
+        named = [(obj, "{}.{}".format(*name)) for name, obj in allowed.items()]
+        with torch.serialization.safe_globals(named):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+    import pickle
+    import types
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if (module, name) in allowed:
+                return allowed[(module, name)]
+            plain = (module, name) in (("collections", "OrderedDict"), ("torch", "Size"), ("torch", "device"))
+            tensor = module == "torch" and name.endswith("Storage") or (
+                module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"))
+            if plain or tensor:
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError("it wants to run {}.{}".format(module, name))
+
+    restricted = types.ModuleType("restricted_pickle")
+    restricted.Unpickler = Unpickler
+    restricted.load = lambda f, **kwargs: Unpickler(f, **kwargs).load()
+    return torch.load(path, map_location="cpu", pickle_module=restricted)
+
+
+# --- torchvision 0.9 on names interpolations by an enum, older ones by Pillow's number.
+def interpolation(name):
+    """torchvision's value for the interpolation `name` (bicubic, bilinear, nearest)."""
+    import torchvision.transforms as transforms
+    if hasattr(transforms, "InterpolationMode"):
+        return transforms.InterpolationMode(name)
+    from PIL import Image
+    return getattr(Image, name.upper())
+
+
+# --- torch before 1.7 has no persistent data-loader workers.
+def persistent_workers(num_workers):
+    """Keyword arguments for a DataLoader that keeps its `num_workers` workers from epoch to epoch."""
+    import inspect
+    known = "persistent_workers" in inspect.signature(torch.utils.data.DataLoader.__init__).parameters
+    return {"persistent_workers": True} if known and num_workers > 0 else {}

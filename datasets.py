@@ -1,0 +1,252 @@
+"""Data sets, their transforms, and the samplers that share them out among processes."""
+import json
+import math
+import os
+from itertools import islice
+
+import torch
+from evo_vit import compat  # before torchvision
+from PIL import Image
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import Dataset, Sampler
+from torchvision import datasets, transforms
+
+from runtime.errors import UserError
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "DIGITS")
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+
+
+# ----------------------------------------------------------------------------------------------------- data sets
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 handwritten digits (8 x 8 pixels, 10 classes), read from the installed package.
+
+    Every fifth image of each class, in the package's order, is for validation: 1,434 for training, 363 to validate.
+    """
+
+    classes = [str(digit) for digit in range(10)]
+
+    def __init__(self, is_train, transform=None):
+        from sklearn.datasets import load_digits
+        images, labels = load_digits(return_X_y=True)
+        seen = [0] * 10
+        self.samples = []
+        for image, label in zip(images, labels.tolist()):
+            if (seen[label] % 5 != 0) == is_train:
+                pixels = (image.reshape(8, 8) * (255 / 16)).astype("uint8")
+                self.samples.append((Image.fromarray(pixels, "L").convert("RGB"), label))
+            seen[label] += 1
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        image, label = self.samples[index]
+        return (image if self.transform is None else self.transform(image)), label
+
+
+class INatDataset(Dataset):
+    """iNaturalist 2018 or 2019 with the classes of one level of its taxonomy, in DeiT's layout: `train<year>.json`,
+    `val<year>.json` and `categories.json` beside the pictures."""
+
+    def __init__(self, root, is_train, year, category="name", transform=None):
+        annotations = _read_json(root, "{}{}.json".format("train" if is_train else "val", year))
+        train = annotations if is_train else _read_json(root, "train{}.json".format(year))
+        level = {int(c["id"]): c[category] for c in _read_json(root, "categories.json")}
+        # classes are numbered in the order in which the training annotations first name them
+        numbers = {}
+        for entry in train["annotations"]:
+            numbers.setdefault(level[int(entry["category_id"])], len(numbers))
+        category_of = {entry["image_id"]: int(entry["category_id"]) for entry in annotations["annotations"]}
+        self.classes = sorted(numbers, key=numbers.get)
+        self.samples = [(os.path.join(root, image["file_name"]), numbers[level[category_of[image["id"]]]])
+                        for image in annotations["images"]]
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        image = datasets.folder.default_loader(path)
+        return (image if self.transform is None else self.transform(image)), label
+
+
+def _read_json(root, name):
+    path = os.path.join(root, name)
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except (OSError, ValueError) as error:
+        raise UserError("--data-path: {} cannot be read ({})".format(path, error))
+
+
+def _has_image(folder):
+    return any(name.lower().endswith(IMAGE_EXTENSIONS) for _, _, names in os.walk(folder) for name in names)
+
+
+def _class_folders(root, part):
+    """The class folders of root/part, each checked to hold a picture."""
+    folder = os.path.join(root, part)
+    if not os.path.isdir(folder):
+        raise UserError("--data-path: {} has no folder '{}'; the layout is train/CLASS/PICTURE and val/CLASS/PICTURE"
+                        .format(root, part))
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise UserError("--data-path: {} has no class folders; the layout is {}/CLASS/PICTURE".format(folder, part))
+    for name in classes:
+        if not _has_image(os.path.join(folder, name)):
+            raise UserError("--data-path: the class folder {} holds no picture; fill it or remove it from train and val"
+                            .format(os.path.join(folder, name)))
+    return classes
+
+
+def _image_folder(root, is_train, transform):
+    train, val = _class_folders(root, "train"), _class_folders(root, "val")
+    if train != val:
+        one = sorted(set(train) ^ set(val))[0]
+        raise UserError("--data-path: the class folders of train and val differ, '{}' is only in {}".format(
+            one, "train" if one in train else "val"))
+    return datasets.ImageFolder(os.path.join(root, "train" if is_train else "val"), transform=transform)
+
+
+def build_dataset(is_train, name, root, transform, inat_category="name"):
+    """The training or validation part of the data set `name` and its number of classes.
+
+    IMNET reads any ImageFolder layout; DIGITS needs no `root`. Raises UserError where `root` is not what it should be.
+    """
+    if name == "DIGITS":
+        return Digits(is_train, transform), 10
+    if not root:
+        raise UserError("--data-path is missing: say where the data set {} lies".format(name))
+    if not os.path.isdir(root):
+        raise UserError("--data-path: there is no folder {}".format(root))
+    if name == "IMNET":
+        dataset = _image_folder(root, is_train, transform)
+        return dataset, len(dataset.classes)
+    if name == "CIFAR":
+        try:
+            return datasets.CIFAR100(root, train=is_train, transform=transform), 100
+        except RuntimeError:
+            raise UserError("--data-path: {} does not hold CIFAR-100 (the folder cifar-100-python)".format(root))
+    dataset = INatDataset(root, is_train, {"INAT": 2018, "INAT19": 2019}[name], inat_category, transform)
+    return dataset, len(dataset.classes)
+
+
+# ----------------------------------------------------------------------------------------------------- transforms
+
+def build_transform(is_train, name, input_size, color_jitter=0.4, aa="rand-m9-mstd0.5-inc1",
+                    train_interpolation="bicubic", reprob=0.25, remode="pixel", recount=1):
+    """PIL image -> normalised float tensor (3, input_size, input_size), as DeiT does it.
+
+    Pictures of at most 32 pixels are not cropped out of: CIFAR shifts by up to 4 pixels at its own size. Digits are
+    enlarged, shifted by up to an eighth, and never mirrored, since a mirrored digit is no digit.
+    """
+    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    bicubic = compat.interpolation("bicubic")
+    if is_train:
+        transform = create_transform(
+            input_size=input_size, is_training=True, color_jitter=color_jitter or None,
+            auto_augment=None if aa in ("", "none") else aa, interpolation=train_interpolation,
+            hflip=0.0 if name == "DIGITS" else 0.5, re_prob=reprob, re_mode=remode, re_count=recount)
+        if name == "DIGITS":
+            transform.transforms[0] = transforms.Compose([
+                transforms.Resize((input_size, input_size), bicubic),
+                transforms.RandomCrop(input_size, padding=input_size // 8)])
+        elif input_size <= 32:
+            transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
+        return transform
+    if name == "DIGITS":
+        resize = [transforms.Resize((input_size, input_size), bicubic)]
+    elif input_size <= 32:
+        resize = []
+    else:
+        resize = [transforms.Resize(int(256 / 224 * input_size), bicubic), transforms.CenterCrop(input_size)]
+    return transforms.Compose(resize + [transforms.ToTensor(), normalize])
+
+
+# ----------------------------------------------------------------------------------------------------- samplers
+
+class RASampler(Sampler):
+    """Repeated augmentation (Hoffer et al., arXiv 1901.09335), as DeiT samples it: each image comes `repeats` times
+    in a row before the list is dealt out to the processes, so that its copies, augmented differently, meet in one
+    global batch. An epoch is as long as without repetition, rounded down to a multiple of 256 images, which a data
+    set smaller than that is not."""
+
+    def __init__(self, dataset, num_replicas=1, rank=0, shuffle=True, repeats=3):
+        self.length = len(dataset)
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.shuffle = shuffle
+        self.repeats = repeats
+        self.epoch = 0
+        rounded = self.length // 256 * 256 if self.length >= 256 else self.length
+        self.num_selected = rounded // num_replicas
+
+    def __len__(self):
+        return self.num_selected
+
+    def __iter__(self):
+        generator = torch.Generator()
+        generator.manual_seed(self.epoch)
+        order = torch.randperm(self.length, generator=generator) if self.shuffle else torch.arange(self.length)
+        indices = [index for index in order.tolist() for _ in range(self.repeats)]
+        total = math.ceil(len(indices) / self.num_replicas) * self.num_replicas
+        indices += indices[:total - len(indices)]
+        return iter(indices[self.rank:total:self.num_replicas][:self.num_selected])
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+class AccumulationBatchSampler(Sampler):
+    """Batches of one process that stands for `accum_steps` of them: the samplers of those processes are asked for a
+    batch in turn, so `accum_steps` successive batches hold the images that as many processes would have had."""
+
+    def __init__(self, samplers, batch_size):
+        self.samplers = samplers
+        self.batch_size = batch_size
+        self.updates = min(len(sampler) for sampler in samplers) // batch_size
+
+    def __len__(self):
+        return self.updates * len(self.samplers)
+
+    def __iter__(self):
+        iterators = [iter(sampler) for sampler in self.samplers]
+        for _ in range(self.updates):
+            for iterator in iterators:
+                yield list(islice(iterator, self.batch_size))
+
+    def set_epoch(self, epoch):
+        for sampler in self.samplers:
+            sampler.set_epoch(epoch)
+
+
+def build_train_sampler(dataset, batch_size, rank, world_size, accum_steps=1, repeated_aug=True):
+    """The training batches of process `rank`; raises UserError where the data set is too small for one update."""
+    kind = RASampler if repeated_aug else torch.utils.data.DistributedSampler
+    replicas = world_size * accum_steps
+    sampler = AccumulationBatchSampler(
+        [kind(dataset, num_replicas=replicas, rank=rank * accum_steps + i, shuffle=True) for i in range(accum_steps)],
+        batch_size)
+    if not sampler.updates:
+        raise UserError("{} training images do not fill one global batch of {} x {}; lower --batch-size".format(
+            len(dataset), batch_size, replicas))
+    return sampler
+
+
+class ShardSampler(Sampler):
+    """Every `world_size`-th index from `rank` on: over all processes each image exactly once, none repeated."""
+
+    def __init__(self, dataset, rank, world_size):
+        self.indices = range(rank, len(dataset), world_size)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __iter__(self):
+        return iter(self.indices)

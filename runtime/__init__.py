@@ -1,0 +1,1 @@
+"""Where the recipe runs: devices, processes, checkpoints, teachers, averaged weights and what is printed."""

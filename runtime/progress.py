@@ -1,0 +1,56 @@
+"""Progress of a loop: a bar on a terminal, a plain line now and then in a log."""
+import sys
+import time
+from datetime import timedelta
+
+from tqdm import tqdm
+
+LINE_EVERY = 50  # iterations between two plain lines
+
+
+class Progress:
+    """Iterates over `iterable` of `total` items and shows `header`, the latest `note(...)`, images/s and time left.
+
+    Only where `enabled` (rank 0). `images` counts the images that this process has been told of.
+    """
+
+    def __init__(self, iterable, total, header, enabled=True):
+        self.iterable = iterable
+        self.total = total
+        self.header = header
+        self.enabled = enabled
+        self.bar = enabled and sys.stderr.isatty()
+        self.images = 0
+        self.start = time.time()
+        self.values = {}
+
+    def note(self, images, **values):
+        """Counts `images` more (over all processes) and takes numbers to show, by name."""
+        self.images += images
+        self.values = values
+
+    @property
+    def seconds(self):
+        return time.time() - self.start
+
+    @property
+    def images_per_second(self):
+        return self.images / max(self.seconds, 1e-9)
+
+    def _text(self):
+        shown = ["{}: {:.4g}".format(name, value) for name, value in self.values.items()]
+        return "  ".join(shown + ["images/s: {:.1f}".format(self.images_per_second)])
+
+    def __iter__(self):
+        self.start = time.time()
+        bar = tqdm(total=self.total, desc=self.header, file=sys.stderr, leave=False) if self.bar else None
+        for i, item in enumerate(self.iterable, 1):
+            yield item
+            if bar is not None:
+                bar.set_postfix_str(self._text(), refresh=False)
+                bar.update()
+            elif self.enabled and (i % LINE_EVERY == 0 or i == self.total):
+                left = timedelta(seconds=int(self.seconds / i * (self.total - i)))
+                print("{}  [{}/{}]  eta: {}  {}".format(self.header, i, self.total, left, self._text()), flush=True)
+        if bar is not None:
+            bar.close()
