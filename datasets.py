@@ -24,7 +24,7 @@ INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "fami
 class Digits(Dataset):
     """scikit-learn's 1,797 handwritten digits (8 x 8 pixels, 10 classes), read from the installed package.
 
-    Every fifth image of each class, in the package's order, is for validation: 1,434 for training, 363 to validate.
+    Every fifth image of each class, in the package's order, is for validation: 1,433 for training, 364 to validate.
     """
 
     classes = [str(digit) for digit in range(10)]
@@ -106,7 +106,8 @@ def _class_folders(root, part):
 
 
 def _image_folder(root, is_train, transform):
-    train, val = _class_folders(root, "train"), _class_folders(root, "val")
+    val = _class_folders(root, "val")
+    train = _class_folders(root, "train") if is_train else val  # --eval needs no training pictures
     if train != val:
         one = sorted(set(train) ^ set(val))[0]
         raise UserError("--data-path: the class folders of train and val differ, '{}' is only in {}".format(

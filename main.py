@@ -1,0 +1,399 @@
+"""Trains, distils and evaluates Evo-LeViT: the whole recipe, top to bottom. `python main.py --help` lists the flags."""
+import argparse
+import os
+import sys
+import time
+from datetime import timedelta
+
+import evo_vit  # noqa: F401  (registers the models; before anything that imports torchvision)
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer
+from timm.scheduler import create_scheduler
+
+import losses
+from datasets import DATA_SETS, INAT_CATEGORIES, ShardSampler, build_dataset, build_train_sampler, build_transform
+from engine import NonFiniteLoss, evaluate, train_one_epoch
+from evo_vit.compat import persistent_workers
+from fix_timm.mixup import Mixup
+from runtime import device as devices
+from runtime import distributed
+from runtime.checkpoint import adapt_for_finetuning, load_checkpoint, load_weights, model_state, save_checkpoint
+from runtime.ema import ModelEma
+from runtime.errors import UserError
+from runtime.macs import count_macs
+from runtime.models import apply_token_schedule, build_model, check_model_name, default_input_size
+from runtime.output import append_log, prepare_output_dir
+from runtime.teacher import build_teacher
+
+PUBLISHED_EPOCHS = 300
+PUBLISHED_GLOBAL_BATCH = {224: 2048, 384: 1024}  # by image size: 8 cards with 256 and 128 images
+
+
+class Parser(argparse.ArgumentParser):
+    """One sentence on standard error and exit code 2 for a wrong flag."""
+
+    def error(self, message):
+        print("error: {}; python main.py --help lists the flags".format(message), file=sys.stderr)
+        sys.exit(2)
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("{} is not a positive whole number".format(text))
+    return value
+
+
+def get_args_parser():
+    """All flags, with the defaults of the published recipe."""
+    parser = Parser(description="Evo-LeViT training and evaluation", allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+
+    add("--batch-size", type=positive, default=256, help="images in a process's batch")
+    add("--epochs", type=positive, default=PUBLISHED_EPOCHS)
+    add("--accum-steps", type=positive, default=1, metavar="N",
+        help="batches in an update: one process trains as N of them would")
+
+    # model
+    add("--model", default="EvoLeViT_256", help="an Evo-LeViT, or with --distillation-type none any timm model")
+    add("--input-size", type=positive, default=None, help="side of the images in pixels; the model's own if not given")
+    add("--drop-path", type=float, default=None, metavar="SHARE", help="stochastic depth; the model's own if not given")
+    add("--prune-warmup-epoch", type=int, default=0, metavar="EPOCH", help="no token selection before this epoch")
+    add("--stage-wise-epoch", type=int, default=200, metavar="EPOCH",
+        help="layer-wise with trade-off 0.5 before this epoch, stage-wise with the learned trade-off from it on")
+    add("--model-ema", action="store_true", default=True, help="keep a moving average of the weights")
+    add("--no-model-ema", action="store_false", dest="model_ema", help="keep none")
+    add("--model-ema-decay", type=float, default=0.99996)
+    add("--model-ema-force-cpu", action="store_true", help="keep the average in host memory")
+
+    # optimiser
+    add("--opt", default="adamw", metavar="OPTIMIZER", help="any of timm's")
+    add("--opt-eps", type=float, default=1e-8)
+    add("--opt-betas", type=float, nargs="+", default=None, metavar="BETA")
+    add("--clip-grad", type=float, default=0.01, metavar="LIMIT", help="gradient clipping; 0 for none")
+    add("--clip-mode", default="agc", choices=("agc", "norm", "value"))
+    add("--momentum", type=float, default=0.9, help="of SGD")
+    add("--weight-decay", type=float, default=0.025)
+
+    # learning-rate schedule, stepped after each epoch
+    add("--sched", default="cosine", choices=("cosine", "tanh", "step", "plateau"))
+    add("--lr", type=float, default=5e-4, help="learning rate for a global batch of 512, scaled with it")
+    add("--lr-noise", type=float, nargs="+", default=None, metavar="SHARE", help="epochs (as shares) with noisy rate")
+    add("--lr-noise-pct", type=float, default=0.67)
+    add("--lr-noise-std", type=float, default=1.0)
+    add("--warmup-lr", type=float, default=1e-6)
+    add("--min-lr", type=float, default=1e-5)
+    add("--decay-epochs", type=float, default=30, help="of the step schedule")
+    add("--warmup-epochs", type=int, default=5)
+    add("--cooldown-epochs", type=int, default=10, help="read by timm's schedule; --epochs alone ends the run")
+    add("--patience-epochs", type=int, default=10, help="of the plateau schedule")
+    add("--decay-rate", "--dr", type=float, default=0.1, help="of the step and plateau schedules")
+
+    # augmentation
+    add("--color-jitter", type=float, default=0.4, help="where --aa is none")
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's name of an augmentation policy, or none")
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
+    add("--repeated-aug", action="store_true", default=True, help="each image three times in a global batch")
+    add("--no-repeated-aug", action="store_false", dest="repeated_aug", help="each image once in an epoch")
+    add("--reprob", type=float, default=0.25, help="probability of random erasing")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what random erasing fills in")
+    add("--recount", type=positive, default=1, help="areas that random erasing fills")
+    add("--mixup", type=float, default=0.8, help="alpha of mixup; 0 for none")
+    add("--cutmix", type=float, default=1.0, help="alpha of CutMix; 0 for none")
+    add("--cutmix-minmax", type=float, nargs=2, default=None, metavar=("MIN", "MAX"), help="shares of the side")
+    add("--mixup-prob", type=float, default=1.0)
+    add("--mixup-switch-prob", type=float, default=0.5, help="probability of CutMix where both are on")
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
+
+    # distillation
+    add("--teacher-model", default="regnety_160", metavar="MODEL")
+    add("--teacher-path", default="./regnety_160-a5fe301d.pth", metavar="FILE")
+    add("--distillation-type", default="cls", choices=losses.TYPES)
+    add("--distillation-alpha", type=float, default=0.5, help="weight of the distillation loss")
+    add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
+
+    # data
+    add("--data-path", "--data_path", default=None, metavar="DIR", help="folder with train/ and val/")
+    add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET: any folder in ImageNet's layout")
+    add("--inat-category", default="name", choices=INAT_CATEGORIES)
+    add("--num_workers", "--num-workers", type=int, default=None,
+        help="data-loading processes of each process; if not given 10, or its share of the cores where that is less")
+    add("--pin-mem", action="store_true", default=True, help="page-locked host memory, where the device is no CPU")
+    add("--no-pin-mem", action="store_false", dest="pin_mem")
+
+    # the run
+    add("--output_dir", "--output-dir", default="save", metavar="DIR")
+    add("--device", default="auto", choices=("auto", "npu", "cuda", "cpu"), help="auto: npu, then cuda, then cpu")
+    add("--seed", type=int, default=0)
+    add("--finetune", default="", metavar="FILE", help="start from the weights of another data set or image size")
+    add("--resume", default="", metavar="FILE", help="go on from this checkpoint, or evaluate it")
+    add("--start_epoch", "--start-epoch", type=int, default=0, metavar="EPOCH")
+    add("--eval", action="store_true", help="evaluate --resume FILE, or DIR/best_checkpoint.pth of --output_dir")
+    add("--eval-ema", action="store_true", help="evaluate the averaged weights")
+    add("--dist-eval", action="store_true", default=True, help="share the validation images out, each counted once")
+    add("--no-dist-eval", action="store_false", dest="dist_eval", help="every process evaluates all of them")
+    add("--world_size", "--world-size", type=int, default=None, help="checked against the launcher; need not be given")
+    add("--dist_url", "--dist-url", default="env://", help="where the processes meet")
+    add("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_args(argv=None):
+    """The flags, and the set of those that the command line names."""
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return args, set(vars(parser.parse_args(argv)))
+
+
+def take_from_checkpoint(args, given, checkpoint):
+    """For --eval: what the command line leaves open comes from the arguments that the checkpoint was trained with."""
+    saved = checkpoint.get("args") or {}
+    saved = saved if isinstance(saved, dict) else vars(saved)
+    for name in ("model", "input_size", "data_set", "data_path", "inat_category", "prune_warmup_epoch",
+                 "stage_wise_epoch"):
+        if name not in given and name in saved:
+            setattr(args, name, saved[name])
+
+
+def check_recipe(args):
+    """Raises UserError for flags that do not go together."""
+    mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixup and args.batch_size % 2:
+        raise UserError("--batch-size {} is odd, and mixup and CutMix mix pairs; use an even one, or --mixup 0 --cutmix 0"
+                        .format(args.batch_size))
+    if args.start_epoch < 0 or args.start_epoch >= args.epochs:
+        raise UserError("--start_epoch {}: the epochs go from 0 to {}".format(args.start_epoch, args.epochs - 1))
+    return mixup
+
+
+def build_loader(dataset, args, device, world, **kwargs):
+    """A DataLoader with the recipe's workers."""
+    workers = args.num_workers
+    if workers is None:
+        workers = min(10, (os.cpu_count() or 1) // world.local_size)
+    return torch.utils.data.DataLoader(
+        dataset, num_workers=workers, pin_memory=args.pin_mem and device.type != "cpu",
+        worker_init_fn=devices.seed_worker, **dict(kwargs, **persistent_workers(workers)))
+
+
+def build_val_loader(args, device, world):
+    """The validation images, each process's share of them with --dist-eval, and the number of classes."""
+    transform = build_transform(False, args.data_set, args.input_size)
+    dataset, num_classes = build_dataset(False, args.data_set, args.data_path, transform, args.inat_category)
+    sharded = args.dist_eval and world.size > 1
+    sampler = ShardSampler(dataset, world.rank, world.size) if sharded else None
+    return build_loader(dataset, args, device, world, batch_size=args.batch_size, sampler=sampler), num_classes, sharded
+
+
+def describe(model, args, device, world, say):
+    """The first lines of a run: what is computed, and where."""
+    parameters = sum(p.numel() for p in model.parameters())
+    say("Model: {}, {:,} parameters, {:,.1f} M FLOPs (multiply-adds) for an image of {} pixels".format(
+        args.model, parameters, count_macs(model, args.input_size) / 1e6, args.input_size))
+    say("Device: {} x {}, precision float32, PyTorch {}".format(device.type, world.size, torch.__version__))
+    return parameters
+
+
+def describe_training(args, world, images, updates, lr, say):
+    """The lines on which two runs of the same flags may differ, with a warning where they are not the published ones."""
+    global_batch = args.batch_size * world.size * args.accum_steps
+    say("Data: {}, {:,} training images".format(args.data_set, images))
+    say("Global batch: {} = {} images x {} processes x {} accumulation steps".format(
+        global_batch, args.batch_size, world.size, args.accum_steps))
+    say("Learning rate: {:.4g} after scaling ({:.4g} x {} / 512)".format(lr, args.lr, global_batch))
+    say("Updates: {} per epoch, {} epochs".format(updates, args.epochs))
+    published = PUBLISHED_GLOBAL_BATCH.get(default_input_size(args.model))
+    if args.model.startswith("EvoLeViT") and (global_batch, args.epochs) != (published, PUBLISHED_EPOCHS):
+        say("Warning: the published accuracy of {} was reached with a global batch of {} and {} epochs, this run has {} "
+            "and {}; --accum-steps makes up for missing devices".format(
+                args.model, published, PUBLISHED_EPOCHS, global_batch, args.epochs))
+
+
+def evaluate_checkpoint(args, checkpoint, device, world, say):
+    """`--eval`: prints top-1, top-5, loss and images/s of the checkpoint, and returns the model."""
+    key = "model_ema" if args.eval_ema else "model"
+    state = model_state(checkpoint, args.resume, "--resume", key)
+    check_model_name(args.model)
+    args.input_size = args.input_size or default_input_size(args.model)
+    loader, num_classes, sharded = build_val_loader(args, device, world)
+    model = build_model(args.model, num_classes, args.input_size, distillation="head_dist.l.weight" in state)
+    load_weights(model, state, args.model, args.resume, "--resume")
+    describe(model, args, device, world, say)
+    mode = "as built"
+    if "epoch" in checkpoint:
+        mode = apply_token_schedule(model, checkpoint["epoch"], args.prune_warmup_epoch, args.stage_wise_epoch)
+    model.to(device)
+    stats = evaluate(loader, model, device, sharded, show=world.is_main)
+    say("Evaluated {} ({}, {}) on {} images of {}".format(
+        args.resume, "averaged weights" if args.eval_ema else "weights", mode, stats["images"], args.data_set))
+    say("Acc@1 {acc1:.3f}  Acc@5 {acc5:.3f}  loss {loss:.4f}  images/s {images_per_s:.1f}".format(**stats))
+    return model
+
+
+def train(args, given, checkpoint, device, world, say):
+    """The recipe itself; returns the trained model."""
+    mixup_active = check_recipe(args)
+    check_model_name(args.model)
+    args.input_size = args.input_size or default_input_size(args.model)
+    distil = args.distillation_type != "none"
+
+    transform = build_transform(True, args.data_set, args.input_size, args.color_jitter, args.aa,
+                                args.train_interpolation, args.reprob, args.remode, args.recount)
+    dataset, num_classes = build_dataset(True, args.data_set, args.data_path, transform, args.inat_category)
+    val_loader, _, sharded = build_val_loader(args, device, world)
+    sampler = build_train_sampler(dataset, args.batch_size, world.rank, world.size, args.accum_steps, args.repeated_aug)
+    train_loader = build_loader(dataset, args, device, world, batch_sampler=sampler)
+
+    model = build_model(args.model, num_classes, args.input_size, distil, args.drop_path)
+    if args.finetune:
+        state = model_state(load_checkpoint(args.finetune, "--finetune"), args.finetune, "--finetune")
+        state, left_out = adapt_for_finetuning(state, model)
+        if not state:
+            raise UserError("--finetune: no tensor of {} fits {}".format(args.finetune, args.model))
+        model.load_state_dict(state, strict=False)
+        say("Finetuning from {}; of its tensors left out: {}".format(args.finetune, ", ".join(left_out) or "none"))
+    teacher = build_teacher(args.teacher_model, args.teacher_path, num_classes, device) if distil else None
+
+    n_parameters = describe(model, args, device, world, say)
+    model.to(device)
+    model_ema = None
+    if args.model_ema:
+        model_ema = ModelEma(model, args.model_ema_decay)
+        if args.model_ema_force_cpu:
+            model_ema.module.cpu()
+    parallel = model
+    if world.size > 1:
+        # Layer-wise and stage-wise training use different parameters, so DDP must look for the unused ones.
+        parallel = torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=None if device.type == "cpu" else [device.index], broadcast_buffers=False,
+            find_unused_parameters=True)
+
+    base_lr = args.lr
+    args.lr = base_lr * args.batch_size * world.size * args.accum_steps / 512
+    optimizer = create_optimizer(args, model)
+    lr_scheduler, _ = create_scheduler(args, optimizer)
+    scaled_lr, args.lr = args.lr, base_lr
+    describe_training(args, world, len(dataset), sampler.updates, scaled_lr, say)
+
+    mixup_fn = None
+    if mixup_active:
+        mixup_fn = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
+                         args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)
+        criterion = SoftTargetCrossEntropy()
+    elif args.smoothing:
+        criterion = LabelSmoothingCrossEntropy(smoothing=args.smoothing)
+    else:
+        criterion = torch.nn.CrossEntropyLoss()
+    criterion = losses.DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha,
+                                        args.distillation_tau)
+
+    max_accuracy = 0.0
+    if checkpoint is not None:
+        load_weights(model, model_state(checkpoint, args.resume, "--resume"), args.model, args.resume, "--resume")
+        max_accuracy = checkpoint.get("max_accuracy", 0.0)
+        if "optimizer" in checkpoint:
+            try:
+                optimizer.load_state_dict(checkpoint["optimizer"])
+                lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+            except (KeyError, ValueError) as error:
+                raise UserError("--resume: the optimiser state of {} does not fit --opt {} ({})".format(
+                    args.resume, args.opt, error))
+        if "epoch" in checkpoint and "start_epoch" not in given:
+            args.start_epoch = checkpoint["epoch"] + 1
+            if args.start_epoch >= args.epochs:
+                raise UserError("--resume: {} has finished epoch {} of {} already; raise --epochs to go on, or use --eval"
+                                .format(args.resume, args.start_epoch, args.epochs))
+        if model_ema is not None:
+            averaged = model_state(checkpoint, args.resume, "--resume",
+                                   "model_ema" if checkpoint.get("model_ema") else "model")
+            load_weights(model_ema.module, averaged, args.model, args.resume, "--resume")
+    elif args.start_epoch and args.sched != "plateau":
+        lr_scheduler.step(args.start_epoch - 1)
+
+    if world.is_main:
+        prepare_output_dir(args.output_dir, fresh=checkpoint is None, say=say)
+    start = time.time()
+    for epoch in range(args.start_epoch, args.epochs):
+        epoch_start = time.time()
+        mode = apply_token_schedule(model, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
+        if model_ema is not None:
+            apply_token_schedule(model_ema.module, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
+        sampler.set_epoch(epoch)
+        train_stats = train_one_epoch(parallel, criterion, train_loader, optimizer, device, epoch, args.accum_steps,
+                                      args.clip_grad, args.clip_mode, model_ema, mixup_fn, world.size, world.is_main)
+        distributed.broadcast_buffers(model)
+        test_stats = evaluate(val_loader, model, device, sharded, show=world.is_main)
+        lr_scheduler.step(epoch, test_stats["acc1"])
+        best = test_stats["acc1"] > max_accuracy
+        max_accuracy = max(max_accuracy, test_stats["acc1"])
+
+        if world.is_main:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                     "lr_scheduler": lr_scheduler.state_dict(), "epoch": epoch, "args": vars(args),
+                     "model_ema": model_ema.module.state_dict() if model_ema is not None else None,
+                     "max_accuracy": max_accuracy}
+            save_checkpoint(state, os.path.join(args.output_dir, "checkpoint.pth"))
+            if best:
+                save_checkpoint(state, os.path.join(args.output_dir, "best_checkpoint.pth"))
+            log = dict(train_stats, epoch=epoch, mode=mode, seconds=time.time() - epoch_start,
+                       peak_memory_mb=devices.peak_memory_mb(device), n_parameters=n_parameters)
+            log.update(("test_" + name, value) for name, value in test_stats.items())
+            append_log(args.output_dir, log)
+            say("Epoch {} ({}): train loss {:.4f}, {:.1f} images/s; test Acc@1 {:.3f}, Acc@5 {:.3f}, loss {:.4f}; "
+                "best Acc@1 {:.3f}".format(epoch, mode, train_stats["train_loss"], train_stats["train_images_per_s"],
+                                           test_stats["acc1"], test_stats["acc5"], test_stats["loss"], max_accuracy))
+        distributed.barrier()  # no process leaves while rank 0 still writes
+    say("Training time {}; {} holds the weights of the last epoch and of the best".format(
+        timedelta(seconds=int(time.time() - start)), args.output_dir))
+    return model
+
+
+def run(args, given):
+    """One run of the recipe as `args` say; returns the model. Raises UserError for a user's mistake."""
+    world = distributed.read_world(args.local_rank, args.world_size)
+
+    def say(text):
+        if world.is_main:
+            print(text, flush=True)
+
+    checkpoint = None
+    if args.eval and not args.resume:
+        args.resume = os.path.join(args.output_dir, "best_checkpoint.pth")
+        if not os.path.isfile(args.resume):
+            raise UserError("--eval: there is no {}; train first, or name a checkpoint with --resume FILE"
+                            .format(args.resume))
+    if args.resume:
+        checkpoint = load_checkpoint(args.resume, "--resume")
+    device = devices.select_device(args.device, world.local_rank, world.local_size)
+    devices.seed_everything(args.seed + world.rank)
+    distributed.init_processes(world, device, args.dist_url)
+    try:
+        if args.eval:
+            take_from_checkpoint(args, given, checkpoint)
+            return evaluate_checkpoint(args, checkpoint, device, world, say)
+        return train(args, given, checkpoint, device, world, say)
+    finally:
+        distributed.close_processes()
+
+
+def main(argv=None):
+    """The command line; returns the trained or evaluated model."""
+    args, given = parse_args(argv)
+    try:
+        return run(args, given)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print("error: {}".format(error), file=sys.stderr)
+        sys.exit(2)
+    except NonFiniteLoss as error:
+        print("error: training stopped: {}; {} has the last checkpoint".format(error, args.output_dir), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
