@@ -14,7 +14,7 @@ from timm.scheduler import create_scheduler
 import losses
 from datasets import DATA_SETS, INAT_CATEGORIES, ShardSampler, build_dataset, build_train_sampler, build_transform
 from engine import NonFiniteLoss, evaluate, train_one_epoch
-from evo_vit.compat import persistent_workers
+from evo_vit.compat import no_buffer_broadcast, persistent_workers
 from fix_timm.mixup import Mixup
 from runtime import device as devices
 from runtime import distributed
@@ -270,8 +270,8 @@ def train(args, given, checkpoint, device, world, say):
     if world.size > 1:
         # Layer-wise and stage-wise training use different parameters, so DDP must look for the unused ones.
         parallel = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=None if device.type == "cpu" else [device.index], broadcast_buffers=False,
-            find_unused_parameters=True)
+            model, device_ids=None if device.type == "cpu" else [device.index],
+            find_unused_parameters=True, **no_buffer_broadcast())
 
     base_lr = args.lr
     args.lr = base_lr * args.batch_size * world.size * args.accum_steps / 512

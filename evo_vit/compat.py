@@ -114,3 +114,11 @@ def persistent_workers(num_workers):
     import inspect
     known = "persistent_workers" in inspect.signature(torch.utils.data.DataLoader.__init__).parameters
     return {"persistent_workers": True} if known and num_workers > 0 else {}
+
+
+# --- current line: DistributedDataParallel's `broadcast_buffers` has a new name, and warns under the old one.
+def no_buffer_broadcast():
+    """Keyword arguments for a DistributedDataParallel that leaves each process its own buffers while training."""
+    import inspect
+    known = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}

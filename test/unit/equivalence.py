@@ -12,6 +12,7 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 
 from datasets import build_train_sampler  # noqa: E402
+from evo_vit.compat import no_buffer_broadcast  # noqa: E402
 from engine import train_one_epoch  # noqa: E402
 from losses import DistillationLoss  # noqa: E402
 from runtime.device import select_device  # noqa: E402
@@ -32,8 +33,8 @@ def main(out, accum_steps):
     loader = torch.utils.data.DataLoader(data, batch_sampler=sampler)
     parallel = model
     if world.size > 1:
-        parallel = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False,
-                                                             find_unused_parameters=True)
+        parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
+                                                             **no_buffer_broadcast())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     base = torch.nn.CrossEntropyLoss()
     for epoch in range(2):
