@@ -12,7 +12,7 @@ recipe=(--device cpu --data-set DIGITS --input-size 112 --batch-size 32 --lr 0.0
 
 echo "== 1/3 teacher: regnety_002"
 .venv/bin/python main.py "${recipe[@]}" --model regnety_002 --distillation-type none --clip-grad 0 --no-model-ema \
-    --epochs 8 --output_dir save/teacher
+    --epochs 7 --output_dir save/teacher
 echo "== 2/3 student: EvoLeViT_128S, distilled"
 .venv/bin/python main.py "${recipe[@]}" --model EvoLeViT_128S --teacher-model regnety_002 \
     --teacher-path save/teacher/best_checkpoint.pth --stage-wise-epoch 15 --model-ema-decay 0.99 --epochs 20
