@@ -292,10 +292,10 @@ def train(args, given, checkpoint, device, world, say):
     criterion = losses.DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha,
                                         args.distillation_tau)
 
-    max_accuracy = 0.0
+    max_accuracy = -1.0  # so that the first epoch is the best so far, whatever it reaches
     if checkpoint is not None:
         load_weights(model, model_state(checkpoint, args.resume, "--resume"), args.model, args.resume, "--resume")
-        max_accuracy = checkpoint.get("max_accuracy", 0.0)
+        max_accuracy = checkpoint.get("max_accuracy", max_accuracy)
         if "optimizer" in checkpoint:
             try:
                 optimizer.load_state_dict(checkpoint["optimizer"])

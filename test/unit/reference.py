@@ -20,7 +20,7 @@ def load_arrays(name):
     return np.load(os.path.join(DATA, name + ".npz"))
 
 
-def _draw(name, shape, gain):
+def draw(name, shape, gain=1.25):
     g = np.random.RandomState(zlib.crc32(name.encode("utf-8"))).standard_normal(shape)
     last = name.split(".")[-1]
     if ".bn." in name:
@@ -41,7 +41,7 @@ def fill(model, gain=1.25):
     for tensors in (model.named_parameters(), model.named_buffers()):
         for name, tensor in tensors:
             if not name.endswith("num_batches_tracked"):
-                tensor.copy_(torch.as_tensor(_draw(name, tuple(tensor.shape), gain)))
+                tensor.copy_(torch.as_tensor(draw(name, tuple(tensor.shape), gain)))
 
 
 def build(name, gain=1.25, **kwargs):

@@ -1,37 +1,27 @@
 """Two processes, one process that accumulates, and one large batch train alike."""
 import copy
+import json
 import os
-import subprocess
 import sys
 
+import pytest
 import torch
 from timm.loss import SoftTargetCrossEntropy
 
+import commands
 from engine import train_step
 from losses import DistillationLoss
 from reference import build, images
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(os.path.dirname(HERE))
-
-
-def launcher(processes, port):
-    return [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node={}".format(processes),
-            "--master_port={}".format(port)]
-
-
-def free_port():
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def test_two_processes_stay_identical_and_equal_one_that_averages_both_halves(tmp_path):
     script = os.path.join(HERE, "equivalence.py")
-    # --use_env: where it is the default, the option is only accepted
-    subprocess.run(launcher(2, free_port()) + ["--use_env", script, str(tmp_path / "two"), "1"], check=True, timeout=300)
-    subprocess.run([sys.executable, script, str(tmp_path / "one"), "2"], check=True, timeout=300)
+    env_launcher = [command for name, command in commands.launchers(2).items() if name != "launch"][0]
+    for command in (env_launcher + [script, tmp_path / "two", 1], [sys.executable, script, tmp_path / "one", 2]):
+        code, out, err = commands.run(command)
+        assert code == 0, out + err
     a, b, one = (torch.load(str(tmp_path / name)) for name in ("two.0", "two.1", "one.0"))
     assert a and all(torch.equal(a[k], b[k]) for k in a)
     for key in one:
@@ -60,14 +50,28 @@ def test_four_accumulated_batches_of_8_equal_one_of_32_in_eval_mode_batch_norm()
     assert moved > 0
 
 
-def test_main_trains_and_evaluates_in_two_processes(tmp_path):
-    out = str(tmp_path / "save")
-    command = launcher(2, free_port()) + [
-        os.path.join(ROOT, "main.py"), "--device", "cpu", "--data-set", "DIGITS", "--input-size", "64",
-        "--model", "EvoLeViT_128S", "--distillation-type", "none", "--epochs", "1", "--batch-size", "64",
-        "--num_workers", "0", "--output_dir", out]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True,
-                            timeout=400)
-    assert result.returncode == 0, result.stdout
-    assert "Device: cpu x 2" in result.stdout and result.stdout.count("Model: ") == 1
-    assert sorted(os.listdir(out)) == ["best_checkpoint.pth", "checkpoint.pth", "log.txt"]
+@pytest.mark.parametrize("launcher", sorted(commands.launchers(2)))
+def test_main_trains_and_evaluates_in_two_processes(launcher, digit_folder, teacher, tmp_path):
+    printed = commands.succeed(
+        "--model", "EvoLeViT_128S", "--teacher-model", "regnety_002", "--teacher-path", teacher, "--data-path",
+        digit_folder, "--epochs", 2, "--stage-wise-epoch", 1, "--output_dir", tmp_path / "save",
+        launch=commands.launchers(2)[launcher])
+    assert "Device: cpu x 2" in printed and printed.count("Model: ") == 1
+    assert "Global batch: 64 = 32 images x 2 processes" in printed
+    assert sorted(os.listdir(str(tmp_path / "save"))) == ["best_checkpoint.pth", "checkpoint.pth", "log.txt"]
+    with open(str(tmp_path / "save" / "log.txt")) as f:
+        last = json.loads(f.read().splitlines()[-1])
+    assert last["test_images"] == 60
+
+    flags = ["--eval", "--resume", tmp_path / "save" / "checkpoint.pth"]
+    alone = commands.succeed(*flags)
+    for more in ([], ["--no-dist-eval"]):
+        together = commands.succeed(*flags + more, launch=commands.launchers(2)[launcher])
+        assert "60 images" in alone and "60 images" in together
+        assert accuracy(alone) == accuracy(together)
+    assert accuracy(alone)[0] == "Acc@1 {:.3f}".format(last["test_acc1"])
+
+
+def accuracy(printed):
+    line = [line for line in printed.splitlines() if line.startswith("Acc@1")][0]
+    return line.split("  ")[:3]

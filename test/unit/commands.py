@@ -1,0 +1,56 @@
+"""main.py as its users run it, at a size that tests can afford, and real pictures to run it on."""
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+MAIN = os.path.join(ROOT, "main.py")
+SMALL = ["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--batch-size", "32"]
+
+
+def run(command, cwd=ROOT):
+    """(exit code, standard output, standard error) of a command, without a launcher's variables in its environment."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    result = subprocess.run([str(word) for word in command], cwd=str(cwd), env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, universal_newlines=True, timeout=500)
+    return result.returncode, result.stdout, result.stderr
+
+
+def succeed(*flags, **kwargs):
+    """What `python main.py SMALL flags` prints, standard error included; it must succeed."""
+    launch = kwargs.pop("launch", [sys.executable])
+    small = kwargs.pop("small", SMALL)
+    code, out, err = run(launch + [MAIN] + small + list(flags), **kwargs)
+    assert code == 0, out + err
+    return out + err
+
+
+def launchers(processes):
+    """{name: command prefix} of every launcher that this PyTorch has."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    options = ["--nproc_per_node={}".format(processes), "--master_port={}".format(port)]
+    found = {"launch": [sys.executable, "-m", "torch.distributed.launch"] + options}
+    if importlib.util.find_spec("torch.distributed.run"):
+        found["torchrun"] = [sys.executable, "-m", "torch.distributed.run"] + options
+    else:
+        found["launch --use_env"] = found["launch"] + ["--use_env"]
+    return found
+
+
+def write_digits(folder, classes, train, val):
+    """Writes scikit-learn's digits as PNGs to folder/train/CLASS and folder/val/CLASS; returns the folder's path."""
+    from datasets import Digits
+    for part, count in (("train", train), ("val", val)):
+        written = [0] * 10
+        for number, (image, label) in enumerate(Digits(part == "train").samples):
+            if label < classes and written[label] < count:
+                written[label] += 1
+                target = os.path.join(str(folder), part, "digit{}".format(label))
+                os.makedirs(target, exist_ok=True)
+                image.resize((48, 48)).save(os.path.join(target, "{}.png".format(number)))
+        assert written == [count] * classes + [0] * (10 - classes)
+    return str(folder)
