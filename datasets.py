@@ -154,6 +154,8 @@ def build_transform(is_train, name, input_size, color_jitter=0.4, aa="rand-m9-ms
             input_size=input_size, is_training=True, color_jitter=color_jitter or None,
             auto_augment=None if aa in ("", "none") else aa, interpolation=train_interpolation,
             hflip=0.0 if name == "DIGITS" else 0.5, re_prob=reprob, re_mode=remode, re_count=recount)
+        # timm 0.4.12 gives Normalize tensors, which torchvision 0.2 copies with a warning for every image
+        transform.transforms = [normalize if isinstance(t, transforms.Normalize) else t for t in transform.transforms]
         if name == "DIGITS":
             transform.transforms[0] = transforms.Compose([
                 transforms.Resize((input_size, input_size), bicubic),

@@ -5,7 +5,11 @@ import sys
 import time
 from datetime import timedelta
 
-import evo_vit  # noqa: F401  (registers the models; before anything that imports torchvision)
+try:
+    import evo_vit  # noqa: F401  (registers the models; before anything that imports torchvision)
+except ImportError as error:  # packages that do not fit together
+    print("error: {}".format(error), file=sys.stderr)
+    sys.exit(2)
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer
@@ -14,7 +18,7 @@ from timm.scheduler import create_scheduler
 import losses
 from datasets import DATA_SETS, INAT_CATEGORIES, ShardSampler, build_dataset, build_train_sampler, build_transform
 from engine import NonFiniteLoss, evaluate, train_one_epoch
-from evo_vit.compat import no_buffer_broadcast, persistent_workers
+from evo_vit import compat
 from fix_timm.mixup import Mixup
 from runtime import device as devices
 from runtime import distributed
@@ -178,7 +182,7 @@ def build_loader(dataset, args, device, world, **kwargs):
         workers = min(10, (os.cpu_count() or 1) // world.local_size)
     return torch.utils.data.DataLoader(
         dataset, num_workers=workers, pin_memory=args.pin_mem and device.type != "cpu",
-        worker_init_fn=devices.seed_worker, **dict(kwargs, **persistent_workers(workers)))
+        worker_init_fn=devices.seed_worker, **dict(kwargs, **compat.persistent_workers(workers)))
 
 
 def build_val_loader(args, device, world):
@@ -195,7 +199,11 @@ def describe(model, args, device, world, say):
     parameters = sum(p.numel() for p in model.parameters())
     say("Model: {}, {:,} parameters, {:,.1f} M FLOPs (multiply-adds) for an image of {} pixels".format(
         args.model, parameters, count_macs(model, args.input_size) / 1e6, args.input_size))
-    say("Device: {} x {}, precision float32, PyTorch {}".format(device.type, world.size, torch.__version__))
+    say("Device: {} x {}, precision float32, torch {torch}, torchvision {torchvision}, timm {timm}".format(
+        device.type, world.size, **compat.versions()))
+    notice = compat.untested_notice()
+    if notice:
+        say("Warning: " + notice)
     return parameters
 
 
@@ -271,7 +279,7 @@ def train(args, given, checkpoint, device, world, say):
         # Layer-wise and stage-wise training use different parameters, so DDP must look for the unused ones.
         parallel = torch.nn.parallel.DistributedDataParallel(
             model, device_ids=None if device.type == "cpu" else [device.index],
-            find_unused_parameters=True, **no_buffer_broadcast())
+            find_unused_parameters=True, **compat.no_buffer_broadcast())
 
     base_lr = args.lr
     args.lr = base_lr * args.batch_size * world.size * args.accum_steps / 512

@@ -3,10 +3,57 @@
 It lives here because the models, the lowest layer of the project, already need it: a CPU-only PyTorch cannot
 import torchvision (and so timm) before the first entry below has run. Each entry says which line needs it.
 """
+import os
+import re
 import sys
+import warnings
 
-import torch
-from torch import nn
+# --- current line: torch loads torch_npu by itself when imported, and fails with it on a machine without the Ascend
+# toolkit. runtime/device.py imports torch_npu where an NPU is wanted.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+import numpy  # noqa: E402
+import PIL  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+# The tested lines (test/run_tests.sh --line), in pip's words.
+LINES = {
+    "1.5": {"torch": "==1.5.*", "torchvision": "==0.2.2.post3", "timm": "==0.4.12", "pillow": ">=6.2,<7",
+            "numpy": "<1.22"},
+    "1.8": {"torch": "==1.8.*", "torchvision": "==0.9.1", "timm": "==0.4.12", "pillow": "<9.6", "numpy": "<1.24"},
+    "current": {"torch": "==2.13.*", "torchvision": "==0.28.0", "timm": ">=1.0.31,<1.1", "pillow": "<13",
+                "numpy": ">=1.26"},
+}
+
+
+def _numbers(version):
+    """(1, 8) of "1.8.1+cu102" or "==1.8.*": the first two numbers of a version."""
+    return tuple(int(part) for part in re.search(r"(\d+)\.(\d+)", version).groups())
+
+
+def _refuse(package, version, wanted, why):
+    raise ImportError("{} {} {}; install '{}{}'".format(package, version, why, package, wanted))
+
+
+def _check_before_import():
+    """Raises ImportError, one sentence, for a combination that is known not to import or to run."""
+    if sys.version_info < (3, 7):
+        raise ImportError("Python {}.{} is too old; use Python 3.7 to 3.13".format(*sys.version_info[:2]))
+    if _numbers(torch.__version__) < (1, 5):
+        _refuse("torch", torch.__version__, ">=1.5", "is too old")
+    if _numbers(torch.__version__) < (2, 3) and _numbers(numpy.__version__) >= (2, 0):
+        _refuse("numpy", numpy.__version__, _wanted("numpy"), "does not work with torch " + torch.__version__)
+
+
+def _wanted(package):
+    """What the tested line nearest to the installed PyTorch wants of `package`."""
+    torch_version = _numbers(torch.__version__)
+    line = "1.5" if torch_version < (1, 8) else "1.8" if torch_version < (2, 0) else "current"
+    return LINES[line][package]
+
+
+_check_before_import()
 
 
 # --- current line, CPU-only PyTorch: the published torchvision wheel registers shape functions for two of its own
@@ -27,16 +74,53 @@ def _import_torchvision():
     return None
 
 
-_torchvision_schemas = _import_torchvision()
+try:
+    _torchvision_schemas = _import_torchvision()
+except Exception as error:  # an old or a new torchvision fails in as many ways as there are pairs
+    if "PILLOW_VERSION" in str(error):
+        _refuse("pillow", PIL.__version__, LINES["1.5"]["pillow"], "does not work with this torchvision")
+    raise ImportError("torchvision does not import beside torch {} ({}); install 'torchvision{}'".format(
+        torch.__version__, str(error).split("\n")[0], _wanted("torchvision")))
+
+try:
+    import timm
+except Exception as error:
+    raise ImportError("timm does not import beside torch {} ({}); install 'timm{}'".format(
+        torch.__version__, str(error).split("\n")[0], _wanted("timm")))
+if _numbers(timm.__version__) < (0, 4) or timm.__version__.startswith(("0.4.5", "0.4.9")):
+    _refuse("timm", timm.__version__, ">=0.4.12", "is too old")
+
+
+def versions():
+    """{package: installed version} of what LINES speaks of."""
+    import torchvision
+    return {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__,
+            "pillow": PIL.__version__, "numpy": numpy.__version__}
+
+
+def untested_notice():
+    """One sentence where torch, torchvision and timm are not together those of a tested line, else None."""
+    installed = versions()
+    packages = ("torch", "torchvision", "timm")
+    if any(all(_numbers(installed[p]) == _numbers(line[p]) for p in packages) for line in LINES.values()):
+        return None
+    return "torch {torch}, torchvision {torchvision} and timm {timm} are no tested combination; tested are {tested}".format(
+        tested="; ".join(", ".join(p + line[p] for p in packages) for line in LINES.values()), **installed)
+
 
 # --- timm 0.4.12 (lines 1.5 and 1.8) keeps its layers and registry elsewhere than timm 1.x.
 try:
     from timm.layers import trunc_normal_
-    from timm.models import get_pretrained_cfg_value, register_model
 except ImportError:
     from timm.models.layers import trunc_normal_  # noqa: F401
+try:
+    from timm.models import get_pretrained_cfg_value, register_model
+except ImportError:
     from timm.models.registry import get_model_default_value as get_pretrained_cfg_value
     from timm.models.registry import register_model  # noqa: F401
+
+# --- timm 1.x warns where a model lives under a new name; timm 0.4.12 keeps the factory in timm.models as well.
+from timm.models import create_model  # noqa: E402,F401
 
 # --- torch 1.5 has no Hardswish module.
 if hasattr(nn, "Hardswish"):
@@ -47,9 +131,6 @@ else:
 
         def forward(self, x):
             return x * nn.functional.relu6(x + 3) / 6
-
-# --- timm 1.x warns where a model lives under a new name; timm 0.4.12 keeps the factory in timm.models as well.
-from timm.models import create_model  # noqa: E402,F401
 
 
 # --- torch before 2.5 has no allow-list for what torch.load may build, so a restricted unpickler does the same.
@@ -96,6 +177,10 @@ def load_tensors(path):
     restricted.Unpickler = Unpickler
     restricted.load = lambda f, **kwargs: Unpickler(f, **kwargs).load()
     return torch.load(path, map_location="cpu", pickle_module=restricted)
+
+
+# --- line 1.8: timm 0.4.12 still hands torchvision an interpolation by its number, of which torchvision warns.
+warnings.filterwarnings("ignore", message="Argument interpolation should be of type InterpolationMode")
 
 
 # --- torchvision 0.9 on names interpolations by an enum, older ones by Pillow's number.

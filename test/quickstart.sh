@@ -1,22 +1,31 @@
 #!/usr/bin/env bash
 # The main job on real images, without a download of data: trains a small teacher on scikit-learn's handwritten
 # digits, distils EvoLeViT_128S from it (layer-wise, then stage-wise token selection), evaluates, prints a table.
+# bash test/quickstart.sh [--line 1.5|1.8|current]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . test/venv.sh
-make_venv .venv requirements.txt
+line=current venv=.venv
+case "${1:-}" in
+    "") ;;
+    --line) line=${2:?error: --line needs one of 1.5, 1.8, current}; venv=.venv-$line ;;
+    --line=*) line=${1#*=}; venv=.venv-$line ;;
+    *) echo "error: unknown argument $1; the only one is --line 1.5, 1.8 or current" >&2; exit 2 ;;
+esac
+make_venv "$venv" "$line"
+python=$venv/bin/python
 start=$SECONDS
 
 recipe=(--device cpu --data-set DIGITS --input-size 112 --batch-size 32 --lr 0.016 --warmup-epochs 0
         --mixup 0 --cutmix 0 --aa none --color-jitter 0 --reprob 0 --no-repeated-aug)
 
 echo "== 1/3 teacher: regnety_002"
-.venv/bin/python main.py "${recipe[@]}" --model regnety_002 --distillation-type none --clip-grad 0 --no-model-ema \
+"$python" main.py "${recipe[@]}" --model regnety_002 --distillation-type none --clip-grad 0 --no-model-ema \
     --epochs 7 --output_dir save/teacher
 echo "== 2/3 student: EvoLeViT_128S, distilled"
-.venv/bin/python main.py "${recipe[@]}" --model EvoLeViT_128S --teacher-model regnety_002 \
+"$python" main.py "${recipe[@]}" --model EvoLeViT_128S --teacher-model regnety_002 \
     --teacher-path save/teacher/best_checkpoint.pth --stage-wise-epoch 15 --model-ema-decay 0.99 --epochs 20
 echo "== 3/3 evaluation: python main.py --eval"
-.venv/bin/python main.py --eval --device cpu
-.venv/bin/python -m runtime.table teacher=save/teacher student=save
+"$python" main.py --eval --device cpu
+"$python" -m runtime.table teacher=save/teacher student=save
 echo "minutes: $(( (SECONDS - start) / 60 )):$(printf %02d $(( (SECONDS - start) % 60 ))) after installation"

@@ -1,32 +1,46 @@
-# Sourced by quickstart.sh and run_tests.sh: make_venv DIR REQUIREMENTS... makes or updates a virtual environment.
+# Sourced by quickstart.sh and run_tests.sh: make_venv DIR LINE [REQUIREMENTS] makes or updates the virtual environment
+# of a version line (1.5, 1.8 or current). On a server PyTorch comes from its vendor; here the line's own is installed.
 
-# The interpreter: PYTHON if set, else python3.11, else python3.
+# line_needs LINE: sets $pythons (accepted interpreters, best first), $torch and $requirements.
+line_needs() {
+    case "$1" in
+        1.5) pythons="3.7" torch="torch==1.5.1" requirements=1.5_requirements.txt ;;
+        1.8) pythons="3.7 3.8" torch="torch==1.8.1" requirements=1.8_requirements.txt ;;
+        current) pythons="3.11 3.12 3.13 3.10" torch="" requirements=requirements.txt ;;
+        *) echo "error: --line $1: the lines are 1.5, 1.8 and current" >&2; exit 2 ;;
+    esac
+}
+
+# is_python COMMAND VERSION: whether COMMAND runs and is that Python.
+is_python() {
+    "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$2')" 2>/dev/null
+}
+
+# find_python LINE: the interpreter, PYTHON if that is set, else the first found on PATH or among pyenv's.
 find_python() {
-    local python=${PYTHON:-}
-    if [ -z "$python" ]; then
-        python=$(command -v python3.11 || command -v python3 || true)
-    fi
-    if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
-        echo "error: Python 3.10 to 3.13 is needed and '${python:-python3}' is not one; set PYTHON=/path/to/python3.11" >&2
-        exit 2
-    fi
-    echo "$python"
+    local version candidate
+    for version in $pythons; do
+        for candidate in ${PYTHON:-"python$version" python3 "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python}; do
+            if is_python "$candidate" "$version"; then
+                echo "$candidate"
+                return
+            fi
+        done
+    done
+    echo "error: the line $1 needs Python ${pythons// / or } and ${PYTHON:-none here} is not one; set PYTHON=/path/to/python" >&2
+    return 2
 }
 
 make_venv() {
-    local dir=$1
-    shift
-    local want
-    want=$(cat "$@")
+    local dir=$1 line=$2 extra=${3:-} python want
+    line_needs "$line"
+    want="$torch $(cat "$requirements" ${extra:+"$extra"})"
     if [ "$(cat "$dir/.installed" 2>/dev/null)" = "$want" ]; then
         return
     fi
-    local python
-    python=$(find_python)
-    echo "== virtual environment in $dir (once; PyTorch is a large download)"
+    python=$(find_python "$line")
+    echo "== virtual environment in $dir for the line $line (once; PyTorch is a large download)"
     [ -x "$dir/bin/python" ] || "$python" -m venv "$dir"
-    local files=()
-    for file in "$@"; do files+=(-r "$file"); done
-    "$dir/bin/python" -m pip install --quiet "${files[@]}"
+    "$dir/bin/python" -m pip install --quiet $torch -r "$requirements" ${extra:+-r "$extra"}
     echo "$want" > "$dir/.installed"
 }

@@ -24,7 +24,7 @@ def result(printed):
 def test_training_says_what_it_does_before_it_does_it(student):
     lines = student[1].splitlines()
     assert re.match(r"Model: EvoLeViT_128S, [0-9,]+ parameters, [0-9.]+ M FLOPs .* 64 pixels", lines[0])
-    assert lines[1].startswith("Device: cpu x 1, precision float32, PyTorch ")
+    assert lines[1].startswith("Device: cpu x 1, precision float32, torch ")
     assert lines[2] == "Data: IMNET, 260 training images"
     assert lines[3] == "Global batch: 32 = 32 images x 1 processes x 1 accumulation steps"
     assert lines[4] == "Learning rate: 3.125e-05 after scaling (0.0005 x 32 / 512)"
