@@ -1,6 +1,7 @@
 """Trains, distils and evaluates Evo-LeViT: the whole recipe, top to bottom. `python main.py --help` lists the flags."""
 import argparse
 import os
+import statistics
 import sys
 import time
 from datetime import timedelta
@@ -12,7 +13,6 @@ except ImportError as error:  # packages that do not fit together
     sys.exit(2)
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer
 from timm.scheduler import create_scheduler
 
 import losses
@@ -27,7 +27,9 @@ from runtime.ema import ModelEma
 from runtime.errors import UserError
 from runtime.macs import count_macs
 from runtime.models import apply_token_schedule, build_model, check_model_name, default_input_size
-from runtime.output import append_log, prepare_output_dir
+from runtime.optimizer import build_optimizer
+from runtime.output import append_log, prepare_output_dir, write_summary
+from runtime.precision import build_precision, parse_loss_scale
 from runtime.teacher import build_teacher
 
 PUBLISHED_EPOCHS = 300
@@ -128,9 +130,19 @@ def get_args_parser():
     add("--pin-mem", action="store_true", default=True, help="page-locked host memory, where the device is no CPU")
     add("--no-pin-mem", action="store_false", dest="pin_mem")
 
+    # precision
+    add("--amp-backend", default="auto", choices=("auto", "apex", "native", "none"),
+        help="auto: on an NPU apex if it is installed, else native; on CUDA native; on a CPU none")
+    add("--opt-level", default=None, choices=("O0", "O1", "O2"),
+        help="O0 float32, O1 mixed precision (bf16 on a CPU), O2 apex's; if not given O1, on a CPU O0")
+    add("--loss-scale", type=parse_loss_scale, default=None, metavar="SCALE",
+        help="a number or dynamic; if not given 128 on an NPU, else dynamic")
+
     # the run
     add("--output_dir", "--output-dir", default="save", metavar="DIR")
     add("--device", default="auto", choices=("auto", "npu", "cuda", "cpu"), help="auto: npu, then cuda, then cpu")
+    add("--device_id", "--device-id", type=int, default=0, metavar="CARD", help="the first process's card")
+    add("--max-steps", type=positive, default=None, metavar="N", help="end the run after N updates, to measure speed")
     add("--seed", type=int, default=0)
     add("--finetune", default="", metavar="FILE", help="start from the weights of another data set or image size")
     add("--resume", default="", metavar="FILE", help="go on from this checkpoint, or evaluate it")
@@ -194,13 +206,13 @@ def build_val_loader(args, device, world):
     return build_loader(dataset, args, device, world, batch_size=args.batch_size, sampler=sampler), num_classes, sharded
 
 
-def describe(model, args, device, world, say):
+def describe(model, args, device, precision, world, say):
     """The first lines of a run: what is computed, and where."""
     parameters = sum(p.numel() for p in model.parameters())
     say("Model: {}, {:,} parameters, {:,.1f} M FLOPs (multiply-adds) for an image of {} pixels".format(
         args.model, parameters, count_macs(model, args.input_size) / 1e6, args.input_size))
-    say("Device: {} x {}, precision float32, torch {torch}, torchvision {torchvision}, timm {timm}".format(
-        device.type, world.size, **compat.versions()))
+    say("Device: {} x {}, precision {}, torch {torch}, torchvision {torchvision}, timm {timm}".format(
+        device.type, world.size, precision.name, **compat.versions()))
     notice = compat.untested_notice()
     if notice:
         say("Warning: " + notice)
@@ -222,7 +234,7 @@ def describe_training(args, world, images, updates, lr, say):
                 args.model, published, PUBLISHED_EPOCHS, global_batch, args.epochs))
 
 
-def evaluate_checkpoint(args, checkpoint, device, world, say):
+def evaluate_checkpoint(args, checkpoint, device, precision, world, say):
     """`--eval`: prints top-1, top-5, loss and images/s of the checkpoint, and returns the model."""
     key = "model_ema" if args.eval_ema else "model"
     state = model_state(checkpoint, args.resume, "--resume", key)
@@ -231,19 +243,19 @@ def evaluate_checkpoint(args, checkpoint, device, world, say):
     loader, num_classes, sharded = build_val_loader(args, device, world)
     model = build_model(args.model, num_classes, args.input_size, distillation="head_dist.l.weight" in state)
     load_weights(model, state, args.model, args.resume, "--resume")
-    describe(model, args, device, world, say)
+    describe(model, args, device, precision, world, say)
     mode = "as built"
     if "epoch" in checkpoint:
         mode = apply_token_schedule(model, checkpoint["epoch"], args.prune_warmup_epoch, args.stage_wise_epoch)
-    model.to(device)
-    stats = evaluate(loader, model, device, sharded, show=world.is_main)
+    model, _ = precision.prepare(model.to(device))
+    stats = evaluate(loader, model, device, sharded, show=world.is_main, precision=precision)
     say("Evaluated {} ({}, {}) on {} images of {}".format(
         args.resume, "averaged weights" if args.eval_ema else "weights", mode, stats["images"], args.data_set))
     say("Acc@1 {acc1:.3f}  Acc@5 {acc5:.3f}  loss {loss:.4f}  images/s {images_per_s:.1f}".format(**stats))
     return model
 
 
-def train(args, given, checkpoint, device, world, say):
+def train(args, given, checkpoint, device, precision, world, say):
     """The recipe itself; returns the trained model."""
     mixup_active = check_recipe(args)
     check_model_name(args.model)
@@ -267,13 +279,19 @@ def train(args, given, checkpoint, device, world, say):
         say("Finetuning from {}; of its tensors left out: {}".format(args.finetune, ", ".join(left_out) or "none"))
     teacher = build_teacher(args.teacher_model, args.teacher_path, num_classes, device) if distil else None
 
-    n_parameters = describe(model, args, device, world, say)
+    n_parameters = describe(model, args, device, precision, world, say)
     model.to(device)
+    base_lr = args.lr
+    args.lr = base_lr * args.batch_size * world.size * args.accum_steps / 512
+    optimizer = build_optimizer(args, model, device, precision.backend)
+    lr_scheduler, _ = create_scheduler(args, optimizer)
+    scaled_lr, args.lr = args.lr, base_lr
     model_ema = None
     if args.model_ema:
         model_ema = ModelEma(model, args.model_ema_decay)
         if args.model_ema_force_cpu:
             model_ema.module.cpu()
+    model, optimizer = precision.prepare(model, optimizer, teacher)
     parallel = model
     if world.size > 1:
         # Layer-wise and stage-wise training use different parameters, so DDP must look for the unused ones.
@@ -281,11 +299,6 @@ def train(args, given, checkpoint, device, world, say):
             model, device_ids=None if device.type == "cpu" else [device.index],
             find_unused_parameters=True, **compat.no_buffer_broadcast())
 
-    base_lr = args.lr
-    args.lr = base_lr * args.batch_size * world.size * args.accum_steps / 512
-    optimizer = create_optimizer(args, model)
-    lr_scheduler, _ = create_scheduler(args, optimizer)
-    scaled_lr, args.lr = args.lr, base_lr
     describe_training(args, world, len(dataset), sampler.updates, scaled_lr, say)
 
     mixup_fn = None
@@ -308,6 +321,8 @@ def train(args, given, checkpoint, device, world, say):
             try:
                 optimizer.load_state_dict(checkpoint["optimizer"])
                 lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
+                if checkpoint.get("amp_backend") == precision.backend:
+                    precision.load_state_dict(checkpoint["scaler"])
             except (KeyError, ValueError) as error:
                 raise UserError("--resume: the optimiser state of {} does not fit --opt {} ({})".format(
                     args.resume, args.opt, error))
@@ -326,6 +341,7 @@ def train(args, given, checkpoint, device, world, say):
     if world.is_main:
         prepare_output_dir(args.output_dir, fresh=checkpoint is None, say=say)
     start = time.time()
+    updates, speeds = 0, []
     for epoch in range(args.start_epoch, args.epochs):
         epoch_start = time.time()
         mode = apply_token_schedule(model, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
@@ -333,16 +349,20 @@ def train(args, given, checkpoint, device, world, say):
             apply_token_schedule(model_ema.module, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
         sampler.set_epoch(epoch)
         train_stats = train_one_epoch(parallel, criterion, train_loader, optimizer, device, epoch, args.accum_steps,
-                                      args.clip_grad, args.clip_mode, model_ema, mixup_fn, world.size, world.is_main)
+                                      args.clip_grad, args.clip_mode, model_ema, mixup_fn, world.size, world.is_main,
+                                      precision, args.max_steps and args.max_steps - updates)
         distributed.broadcast_buffers(model)
-        test_stats = evaluate(val_loader, model, device, sharded, show=world.is_main)
+        test_stats = evaluate(val_loader, model, device, sharded, world.is_main, precision)
         lr_scheduler.step(epoch, test_stats["acc1"])
         best = test_stats["acc1"] > max_accuracy
         max_accuracy = max(max_accuracy, test_stats["acc1"])
+        updates += train_stats["updates"]
+        speeds.append(train_stats["train_images_per_s"])
 
         if world.is_main:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                      "lr_scheduler": lr_scheduler.state_dict(), "epoch": epoch, "args": vars(args),
+                     "amp_backend": precision.backend, "scaler": precision.state_dict(),
                      "model_ema": model_ema.module.state_dict() if model_ema is not None else None,
                      "max_accuracy": max_accuracy}
             save_checkpoint(state, os.path.join(args.output_dir, "checkpoint.pth"))
@@ -356,6 +376,17 @@ def train(args, given, checkpoint, device, world, say):
                 "best Acc@1 {:.3f}".format(epoch, mode, train_stats["train_loss"], train_stats["train_images_per_s"],
                                            test_stats["acc1"], test_stats["acc5"], test_stats["loss"], max_accuracy))
         distributed.barrier()  # no process leaves while rank 0 still writes
+        if updates == args.max_steps:
+            break
+    if world.is_main:
+        images_per_s = statistics.median(speeds)
+        global_batch = args.batch_size * world.size * args.accum_steps
+        write_summary(args.output_dir, {
+            "model": args.model, "device": device.type, "processes": world.size, "batch_size": args.batch_size,
+            "global_batch": global_batch, "precision": precision.name, "epochs": len(speeds), "updates": updates,
+            "images_per_s": images_per_s, "step_ms": 1000 * global_batch / images_per_s,
+            "train_loss": train_stats["train_loss"], "test_acc1": test_stats["acc1"], "best_acc1": max_accuracy,
+            "seconds": time.time() - start})
     say("Training time {}; {} holds the weights of the last epoch and of the best".format(
         timedelta(seconds=int(time.time() - start)), args.output_dir))
     return model
@@ -377,14 +408,15 @@ def run(args, given):
                             .format(args.resume))
     if args.resume:
         checkpoint = load_checkpoint(args.resume, "--resume")
-    device = devices.select_device(args.device, world.local_rank, world.local_size)
+    device = devices.select_device(args.device, world.local_rank, world.local_size, args.device_id, say)
+    precision = build_precision(device, args.amp_backend, args.opt_level, args.loss_scale)
     devices.seed_everything(args.seed + world.rank)
     distributed.init_processes(world, device, args.dist_url)
     try:
         if args.eval:
             take_from_checkpoint(args, given, checkpoint)
-            return evaluate_checkpoint(args, checkpoint, device, world, say)
-        return train(args, given, checkpoint, device, world, say)
+            return evaluate_checkpoint(args, checkpoint, device, precision, world, say)
+        return train(args, given, checkpoint, device, precision, world, say)
     finally:
         distributed.close_processes()
 

@@ -207,3 +207,32 @@ def no_buffer_broadcast():
     import inspect
     known = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+
+
+# --- torch 1.5 has no autocast and no gradient scaler; torch before 1.10 has them for CUDA alone (and the vendor's NPU
+# module its own); torch before 2.3 keeps the scaler in torch.cuda.amp.
+def has_autocast(device_type):
+    """Whether this PyTorch has mixed precision of its own on that device: autocast and, but for CPUs, a scaler."""
+    if device_type == "cpu":
+        return hasattr(torch, "autocast")
+    amp = getattr(getattr(torch, device_type), "amp", None)
+    return hasattr(amp, "autocast") and hasattr(amp, "GradScaler")
+
+
+def autocast(device_type):
+    """Context of mixed precision: fp16, on a CPU bf16."""
+    if device_type == "npu":
+        return torch.npu.amp.autocast()
+    if hasattr(torch, "autocast"):
+        return torch.autocast(device_type, dtype=torch.bfloat16 if device_type == "cpu" else torch.float16)
+    return torch.cuda.amp.autocast()
+
+
+def grad_scaler(device_type, fixed_scale=None):
+    """A gradient scaler that adapts its scale; with `fixed_scale` it starts there, and torch_npu's stays there."""
+    options = {} if fixed_scale is None else {"init_scale": fixed_scale}
+    if device_type == "npu":
+        return torch.npu.amp.GradScaler(dynamic=fixed_scale is None, **options)
+    if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler(device_type, **options)
+    return torch.cuda.amp.GradScaler(**options)

@@ -1,4 +1,7 @@
 """Which device the recipe runs on, and the few things that differ between npu, cuda and cpu."""
+import argparse
+import importlib.util
+import os
 import random
 import sys
 
@@ -10,34 +13,82 @@ from .errors import UserError
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}  # torch.distributed's name for each device's collectives
 
 
-def _accelerator(kind):
-    """The torch module of an accelerator (torch.npu, torch.cuda), or None where this machine has none."""
-    if kind == "npu" and not hasattr(torch, "npu"):
+def _load_npu():
+    """(torch.npu or None, why it cannot be used or None). The torch 1.5 of an Ascend server has torch.npu built in;
+    from 1.8 on importing torch_npu adds it."""
+    if not hasattr(torch, "npu"):
+        if importlib.util.find_spec("torch_npu") is None:
+            return None, None
         try:
-            import torch_npu  # noqa: F401  (adds torch.npu)
-        except ImportError:
-            return None
-    module = getattr(torch, kind, None)
-    return module if module is not None and module.is_available() else None
+            import torch_npu  # noqa: F401
+        except Exception as error:  # a missing toolkit shows as ImportError, RuntimeError or OSError, by version
+            reason = str(error).strip().split("\n")[0]
+            return None, "torch_npu does not load ({}); source the toolkit's set_env.sh first, for example " \
+                         "source /usr/local/Ascend/ascend-toolkit/set_env.sh".format(reason[:200])
+    if not torch.npu.is_available():
+        return None, "torch_npu finds no card (npu-smi info shows what the driver sees)"
+    return torch.npu, None
 
 
-def select_device(name, local_rank=0, local_world_size=1):
-    """The torch.device for `name` (auto, npu, cuda or cpu), made current; auto takes the first of npu, cuda, cpu.
+def _accelerator(kind):
+    """(the torch module of an accelerator, None), or (None, why it cannot be used, where there is more to say)."""
+    if kind == "npu":
+        return _load_npu()
+    return (torch.cuda, None) if torch.cuda.is_available() else (None, None)
+
+
+def _use_npu(npu, device):
+    """Makes the card current; compiled operators are kept in ACL_OP_COMPILER_CACHE_DIR, ./cache where it is not set."""
+    npu.set_device(device)
+    if hasattr(npu, "set_option"):
+        npu.set_option({"ACL_OP_COMPILER_CACHE_MODE": os.environ.get("ACL_OP_COMPILER_CACHE_MODE", "enable"),
+                        "ACL_OP_COMPILER_CACHE_DIR": os.environ.get("ACL_OP_COMPILER_CACHE_DIR", "./cache")})
+
+
+def find_device(name):
+    """(kind, its torch module or None for the CPU, a sentence to show or None) for `name`: auto, npu, cuda or cpu.
+
+    auto takes the first of npu, cuda and cpu, and says why where an NPU's software is there but cannot be used.
+    Raises UserError where the named device is not there.
+    """
+    notice = None
+    for kind in ("npu", "cuda", "cpu") if name == "auto" else (name,):
+        if kind == "cpu":
+            return kind, None, notice
+        module, reason = _accelerator(kind)
+        if module is not None:
+            return kind, module, notice
+        if name != "auto":
+            raise UserError("--device {}: {}".format(
+                kind, reason or "no such device is available here; use --device auto or cpu"))
+        notice = notice or reason and "no NPU is used: " + reason
+
+
+def check_count(kind, module, processes, first):
+    """Raises UserError where this machine has fewer cards than the processes need from card `first` on."""
+    count = module.device_count()
+    if first + processes > count:
+        raise UserError("there {} {} {} device{} here, too few for {} process{} from card {} on; start one process a card"
+                        .format("is" if count == 1 else "are", count, kind, "" if count == 1 else "s", processes,
+                                "" if processes == 1 else "es", first))
+
+
+def select_device(name, local_rank=0, local_world_size=1, first=0, say=print):
+    """The torch.device for `name` (see find_device), made current: card `first` + `local_rank` of this machine.
 
     Raises UserError where that device is not there, or this machine has fewer of them than processes.
     """
-    if name == "auto":
-        name = next(kind for kind in ("npu", "cuda", "cpu") if kind == "cpu" or _accelerator(kind))
-    if name == "cpu":
+    kind, module, notice = find_device(name)
+    if notice:
+        say("Note: " + notice)
+    if kind == "cpu":
         return torch.device("cpu")
-    module = _accelerator(name)
-    if module is None:
-        raise UserError("--device {}: no such device is available here; use --device auto or cpu".format(name))
-    if local_world_size > module.device_count():
-        raise UserError("{} processes were started here but there are only {} {} devices; start one process a device"
-                        .format(local_world_size, module.device_count(), name))
-    device = torch.device(name, local_rank)
-    module.set_device(device)
+    check_count(kind, module, local_world_size, first)
+    device = torch.device(kind, first + local_rank)
+    if kind == "npu":
+        _use_npu(module, device)
+    else:
+        module.set_device(device)
     return device
 
 
@@ -68,3 +119,24 @@ def seed_worker(_):
     seed = torch.initial_seed() % 2 ** 32
     random.seed(seed)
     np.random.seed(seed)
+
+
+def main(processes, first, flags):
+    """`python -m runtime.device PROCESSES FIRST_CARD [main.py's flags]`: says in one line where a run would go."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--device", default="auto")
+    name = parser.parse_known_args(flags)[0].device
+    try:
+        kind, module, notice = find_device(name)
+        if module is not None:
+            check_count(kind, module, processes, first)
+    except UserError as error:
+        print("error: {}".format(error), file=sys.stderr)
+        return 2
+    print("Device: {} x {}, collectives by {}{}".format(
+        kind, processes, BACKENDS[kind], "" if kind == "npu" else " ({})".format(notice or "no NPU here")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))

@@ -1,10 +1,10 @@
-"""The output folder of a run: checkpoint.pth, best_checkpoint.pth and log.txt."""
+"""The output folder of a run: checkpoint.pth, best_checkpoint.pth, log.txt and summary.json."""
 import json
 import os
 
 from .errors import UserError
 
-FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt")
+FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "summary.json")
 
 
 def prepare_output_dir(path, fresh, say):
@@ -34,3 +34,10 @@ def append_log(path, values):
     """Adds one line, a JSON object, to log.txt."""
     with open(os.path.join(path, "log.txt"), "a") as f:
         f.write(json.dumps(values) + "\n")
+
+
+def write_summary(path, values):
+    """Writes summary.json: what a finished run reached, and how fast."""
+    with open(os.path.join(path, "summary.json"), "w") as f:
+        json.dump(values, f, indent=1)
+        f.write("\n")

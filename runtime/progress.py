@@ -22,6 +22,7 @@ class Progress:
         self.bar = enabled and sys.stderr.isatty()
         self.images = 0
         self.start = time.time()
+        self.clock = (self.start, 0)  # time and image count from which speed is measured
         self.values = {}
 
     def note(self, images, **values):
@@ -29,13 +30,18 @@ class Progress:
         self.images += images
         self.values = values
 
+    def restart_clock(self):
+        """Speed is measured from here on."""
+        self.clock = (time.time(), self.images)
+
     @property
     def seconds(self):
         return time.time() - self.start
 
     @property
     def images_per_second(self):
-        return self.images / max(self.seconds, 1e-9)
+        start, images = self.clock
+        return (self.images - images) / max(time.time() - start, 1e-9)
 
     def _text(self):
         shown = ["{}: {:.4g}".format(name, value) for name, value in self.values.items()]
@@ -43,6 +49,7 @@ class Progress:
 
     def __iter__(self):
         self.start = time.time()
+        self.clock = (self.start, 0)
         bar = tqdm(total=self.total, desc=self.header, file=sys.stderr, leave=False) if self.bar else None
         for i, item in enumerate(self.iterable, 1):
             yield item

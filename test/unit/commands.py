@@ -10,10 +10,11 @@ MAIN = os.path.join(ROOT, "main.py")
 SMALL = ["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--batch-size", "32"]
 
 
-def run(command, cwd=ROOT):
-    """(exit code, standard output, standard error) of a command, without a launcher's variables in its environment."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-    result = subprocess.run([str(word) for word in command], cwd=str(cwd), env=env, stdout=subprocess.PIPE,
+def run(command, cwd=ROOT, env=()):
+    """(exit code, standard output, standard error) of a command, without a launcher's variables in its environment,
+    with those of `env`."""
+    base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    result = subprocess.run([str(word) for word in command], cwd=str(cwd), env=dict(base, **dict(env)), stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, universal_newlines=True, timeout=500)
     return result.returncode, result.stdout, result.stderr
 

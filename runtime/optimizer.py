@@ -1,0 +1,36 @@
+"""The optimiser: timm's by name, except that AdamW on an NPU is Ascend's fused one."""
+import torch
+from timm.optim import create_optimizer
+
+from fix_timm.optim_factory import add_weight_decay, npu_fused_adamw
+
+
+def build_optimizer(args, model, device, amp_backend="none"):
+    """The optimiser of `args` (timm's names: opt, lr, weight_decay, opt_eps, opt_betas, momentum) for `model` on `device`.
+
+    apex fuses gradients only for its own optimisers and torch_npu only for its own, so on an NPU AdamW comes from
+    where `amp_backend` does.
+    """
+    if device.type != "npu" or args.opt != "adamw":
+        return create_optimizer(args, model)
+    sources = ("apex.optimizers",) if amp_backend == "apex" else ("torch_npu.optim", "apex.optimizers")
+    groups = add_weight_decay(model, args.weight_decay, model.no_weight_decay() if hasattr(model, "no_weight_decay") else ())
+    options = dict(lr=args.lr, eps=args.opt_eps, weight_decay=0.0)
+    if args.opt_betas:
+        options["betas"] = tuple(args.opt_betas)
+    return npu_fused_adamw(sources)(groups, **options)
+
+
+def complete_gradients(optimizer):
+    """Gives a zero gradient to each parameter that has none, for an optimiser that fuses gradients.
+
+    Ascend's fused optimisers take in once, at the first step, the parameters that have a gradient by then, and never
+    update any other; the learned trade-offs get theirs only when stage-wise training starts. A zero gradient changes
+    no such parameter, since none of them decays.
+    """
+    if not (getattr(optimizer, "is_fused_optimizer", False) or getattr(optimizer, "is_npu_fused_optimizer", False)):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)

@@ -1,0 +1,71 @@
+"""torch.npu: the device module."""
+import torch
+
+from .. import double
+from . import amp  # noqa: F401
+
+device_count = double.device_count
+current_device = double.current_device
+options = {}  # what set_option was given
+jit_compile = []  # what set_compile_mode was given
+
+
+def is_available():
+    return device_count() > 0
+
+
+def set_device(device):
+    double.set_device(device if isinstance(device, int) else torch.device(device).index or 0)
+
+
+def synchronize(device=None):
+    double.synchronize()
+
+
+def max_memory_allocated(device=None):
+    return double.max_memory_allocated()
+
+
+def reset_peak_memory_stats(device=None):
+    double.reset_peak_memory_stats()
+
+
+def set_option(option):
+    if not isinstance(option, dict):
+        raise TypeError("npu option must be a dict.")
+    options.update(option)
+
+
+def set_compile_mode(jit_compile=False):
+    globals()["jit_compile"].append(jit_compile)
+
+
+def manual_seed_all(seed):
+    """The double draws from the CPU's generator, which torch.manual_seed seeds."""
+
+
+manual_seed = manual_seed_all
+
+
+def get_rng_state(device="npu"):
+    return torch.get_rng_state()
+
+
+def set_rng_state(new_state, device="npu"):
+    torch.set_rng_state(new_state)
+
+
+def get_rng_state_all():
+    return [torch.get_rng_state()]
+
+
+def set_rng_state_all(new_states):
+    torch.set_rng_state(new_states[0])
+
+
+def get_amp_supported_dtype():
+    return [torch.float16, torch.bfloat16]
+
+
+def _is_in_bad_fork():
+    return False

@@ -1,0 +1,49 @@
+"""torch.npu.amp: autocast and the gradient scaler, with torch_npu's `dynamic` switch."""
+import torch
+from torch.amp.grad_scaler import OptState
+
+
+class autocast(torch.autocast):
+    def __init__(self, enabled=True, dtype=torch.float16, cache_enabled=True):
+        super().__init__("npu", enabled=enabled, dtype=dtype, cache_enabled=cache_enabled)
+
+
+class GradScaler(torch.amp.GradScaler):
+    """With `dynamic=False` the scale stays, gradients are not checked and no step is skipped, as in torch_npu.
+
+    An optimizer that has fused its gradients is unscaled through the fused buffers alone.
+    """
+
+    def __init__(self, init_scale=2.0 ** 16, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, dynamic=True,
+                 enabled=True):
+        super().__init__("npu", init_scale, growth_factor, backoff_factor, growth_interval, enabled)
+        self._dynamic = dynamic
+
+    def unscale_(self, optimizer):
+        state = self._per_optimizer_states[id(optimizer)]
+        if state["stage"] is not OptState.READY:
+            raise RuntimeError("unscale_() has already been called on this optimizer since the last update().")
+        if getattr(optimizer, "is_fused_optimizer", False):
+            optimizer._maybe_init_combined_params_and_grads()
+            grads = optimizer.get_combined_grads()
+        else:
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        inverse = self._scale.float().reciprocal()
+        found_inf = torch.zeros((), device=inverse.device)
+        if self._dynamic:
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inverse)
+        else:
+            torch._foreach_mul_(grads, inverse)
+        state["found_inf_per_device"] = {inverse.device: found_inf}
+        state["stage"] = OptState.UNSCALED
+
+    def _maybe_opt_step(self, optimizer, optimizer_state, *args, **kwargs):
+        if not self._dynamic:
+            return optimizer.step(*args, **kwargs)
+        return super()._maybe_opt_step(optimizer, optimizer_state, *args, **kwargs)
+
+    def update(self, new_scale=None):
+        if self._dynamic or new_scale is not None:
+            super().update(new_scale)
+        else:
+            self._per_optimizer_states.clear()

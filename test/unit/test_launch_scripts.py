@@ -1,0 +1,204 @@
+"""The four launch scripts from their command line: what ModelZoo's users see and find, and how mistakes end."""
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import commands
+
+TINY = ["--model=EvoLeViT_128S", "--input-size", "64"]
+UNDISTILLED = ["--", "--distillation-type", "none", "--num_workers", "0"]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what a user has cloned, so that logs and results stay apart."""
+    target = tmp_path / "repository"
+    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=commands.ROOT,
+                             stdout=subprocess.PIPE, universal_newlines=True, check=True).stdout.split("\n")
+    for name in filter(None, tracked):
+        if not name.startswith("test/unit/") and os.path.exists(os.path.join(commands.ROOT, name)):
+            os.makedirs(os.path.dirname(str(target / name)), exist_ok=True)
+            shutil.copy(os.path.join(commands.ROOT, name), str(target / name))
+    return target
+
+
+def launch(checkout, script, *arguments, **kwargs):
+    """(exit code, standard output, standard error) of `bash test/SCRIPT.sh` in the checkout."""
+    env = dict({"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}, **kwargs.pop("env", {}))
+    cwd = kwargs.pop("cwd", checkout)
+    path = os.path.relpath(str(checkout / "test" / (script + ".sh")), str(cwd))
+    return commands.run(["bash", path] + list(arguments), cwd=cwd, env=env)
+
+
+def fields(path):
+    with open(str(path)) as f:
+        return dict(line.rstrip("\n").split(" = ") for line in f)
+
+
+def check_outputs(checkout, printed, kind, processes, batch_size, out):
+    """Holds every field of the printed lines and of the case's log to the run's own summary."""
+    with open(os.path.join(str(out), "summary.json")) as f:
+        summary = json.load(f)
+    assert (summary["processes"], summary["batch_size"]) == (processes, batch_size)
+    folder = checkout / "test" / "output" / "0"
+    case = "Evo-LeViT_bs{}_{}p_{}".format(batch_size, processes, kind)
+    assert sorted(os.listdir(str(folder))) == sorted([case + ".log", "train_0.log"])
+    got = fields(folder / (case + ".log"))
+    assert list(got) == ["Network", "RankSize", "BatchSize", "DeviceType", "CaseName", "ActualFPS", "TrainingTime",
+                         "TrainAccuracy", "ActualLoss", "E2ETrainingTime"]
+    assert (got["Network"], got["RankSize"], got["BatchSize"]) == ("Evo-LeViT", str(processes), str(batch_size))
+    assert (got["DeviceType"], got["CaseName"]) == (platform.machine(), case)
+    assert float(got["ActualFPS"]) == pytest.approx(summary["images_per_s"], abs=0.01) and float(got["ActualFPS"]) > 0
+    assert float(got["TrainingTime"]) == pytest.approx(1000 * batch_size * processes / float(got["ActualFPS"]), rel=0.01)
+    assert float(got["TrainAccuracy"]) == pytest.approx(summary["best_acc1"], abs=1e-3)
+    assert float(got["ActualLoss"]) == pytest.approx(summary["train_loss"], abs=1e-4)
+    assert int(got["E2ETrainingTime"]) >= summary["seconds"] - 1
+    assert "Final Performance images/sec : {}\n".format(got["ActualFPS"]) in printed
+    assert "Final Train Accuracy : {}\n".format(got["TrainAccuracy"]) in printed
+    assert "E2E Training Duration sec : {}\n".format(got["E2ETrainingTime"]) in printed
+    with open(str(folder / "train_0.log")) as f:
+        return summary, f.read()
+
+
+def test_one_process_trains_to_the_end_from_the_folder_test(checkout, digit_folder, teacher):
+    code, out, err = launch(
+        checkout, "train_full_1P", "--data_path=" + digit_folder, "--epochs", "2", "--batch-size=32", *TINY +
+        ["--", "--teacher-model", "regnety_002", "--teacher-path", teacher, "--stage-wise-epoch", "1"],
+        cwd=checkout / "test")
+    assert code == 0, out + err
+    assert out.splitlines()[0] == "Device: cpu x 1, collectives by gloo (no NPU here)"
+    summary, log = check_outputs(checkout, out, "acc", 1, 32, checkout / "save")
+    assert summary["epochs"] == 2 and "Epoch 1 (stage-wise)" in log
+    assert sorted(os.listdir(str(checkout / "save"))) == ["best_checkpoint.pth", "checkpoint.pth", "log.txt", "summary.json"]
+
+
+def test_one_process_measures_speed_and_keeps_an_earlier_run_aside(checkout, digit_folder):
+    arguments = ["--data_path", os.path.relpath(digit_folder, str(checkout)), "--batch-size", "32", "--output_dir", "out"
+                 ] + TINY + UNDISTILLED
+    for run in (1, 2):
+        code, out, err = launch(checkout, "train_performance_1P", *arguments)
+        assert code == 0, out + err
+        summary, _ = check_outputs(checkout, out, "perf", 1, 32, checkout / "out")
+        assert summary["updates"] == 8
+    assert "test/output/0.previous-1" in out
+    assert (checkout / "test" / "output" / "0.previous-1" / "train_0.log").exists()
+    assert (checkout / "out" / "previous-1" / "summary.json").exists()
+
+
+def test_eight_processes_measure_speed(checkout, digit_folder):
+    code, out, err = launch(checkout, "train_performance_8P", "--data_path=" + digit_folder, "--batch-size=4", *TINY +
+                            UNDISTILLED)
+    assert code == 0, out + err
+    assert out.splitlines()[0].startswith("Device: cpu x 8, collectives by gloo")
+    summary, log = check_outputs(checkout, out, "perf", 8, 4, checkout / "save")
+    assert summary["global_batch"] == 32 and summary["updates"] == 8
+
+
+def test_eight_processes_train_to_the_end(checkout, digit_folder):
+    code, out, err = launch(checkout, "train_full_8P", "--data_path=" + digit_folder, "--batch-size=4", "--epochs=1",
+                            *TINY + UNDISTILLED)
+    assert code == 0, out + err
+    check_outputs(checkout, out, "acc", 8, 4, checkout / "save")
+
+
+@pytest.mark.skipif(not hasattr(torch.utils, "rename_privateuse1_backend"),
+                    reason="this PyTorch has no extension points for a device of another package")
+@pytest.mark.parametrize("script, processes", [
+    ("train_full_1P", 1), ("train_performance_1P", 1), ("train_full_8P", 8), ("train_performance_8P", 8)])
+def test_the_scripts_run_on_the_npu_stand_in(checkout, digit_folder, script, processes):
+    from test_npu import with_double
+    batch_size = 32 // processes
+    code, out, err = launch(checkout, script, "--data_path=" + digit_folder, "--epochs=1",
+                            "--batch-size={}".format(batch_size), *TINY + UNDISTILLED, env=with_double(cards=processes))
+    assert code == 0, out + err
+    assert out.splitlines()[0] == "Device: npu x {}, collectives by hccl".format(processes)
+    summary, log = check_outputs(checkout, out, "acc" if "full" in script else "perf", processes, batch_size,
+                                 checkout / "save")
+    assert summary["device"] == "npu" and summary["precision"] == "fp16 mixed (apex O1, loss scale 128.0)"
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    ([], "--data_path is missing"),
+    (["--data_path=nowhere"], "--data_path: there is no folder nowhere"),
+    (["--data_path"], "--data_path has no value"),
+    (["--data_path=.", "--bach-size=3"], "unknown argument --bach-size"),
+    (["--data_path=.", "stray"], "unknown argument stray"),
+    (["--data_path=.", "--epochs=ten"], "--epochs ten is not a whole number"),
+    (["--data_path=.", "--nproc=0"], "--nproc 0 starts no process"),
+    (["--data_path=.", "--", "--device", "cuda"], "--device cuda: no such device is available here"),
+])
+def test_a_mistake_ends_in_one_sentence_and_changes_nothing(checkout, arguments, sentence):
+    before = sorted(str(path) for path in checkout.rglob("*") if "__pycache__" not in str(path))
+    code, out, err = launch(checkout, "train_full_1P", *arguments)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and err.startswith("error: ") and sentence in err
+    assert sorted(str(path) for path in checkout.rglob("*") if "__pycache__" not in str(path)) == before
+
+
+def test_a_failed_training_ends_with_its_code_and_the_last_lines_of_the_log(checkout, digit_folder):
+    code, out, err = launch(checkout, "train_full_1P", "--data_path=" + digit_folder, "--batch-size=32", *TINY)
+    assert code == 2 and "Final" not in out
+    assert "ended with exit code 2" in err and "--teacher-path: there is no file ./regnety_160-a5fe301d.pth" in err
+
+
+def processes_of(folder):
+    """Process numbers of the main.py processes that write to `folder`."""
+    found = []
+    for number in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open("/proc/{}/cmdline".format(number), "rb") as f:
+                words = f.read().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "main.py" in words and str(folder) in words:
+            found.append(int(number))
+    return found
+
+
+def started(checkout, digit_folder, *arguments):
+    """A running script with two processes, once both have begun to train."""
+    process = subprocess.Popen(
+        ["bash", "test/train_full_1P.sh", "--data_path=" + digit_folder, "--nproc", "2", "--batch-size=4", "--epochs=500",
+         ] + TINY + UNDISTILLED + list(arguments), cwd=str(checkout), env=dict(os.environ, PYTHON=sys.executable),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, start_new_session=True)
+    log = checkout / "test" / "output" / "0" / "train_0.log"
+    end = time.time() + 120
+    while time.time() < end and not (log.exists() and "Epoch 0" in log.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.2)
+    assert len(processes_of(checkout / "save")) == 2
+    return process
+
+
+def test_a_rank_that_dies_takes_the_others_down_within_a_minute(checkout, digit_folder):
+    process = started(checkout, digit_folder)
+    os.kill(processes_of(checkout / "save")[-1], signal.SIGKILL)
+    start = time.time()
+    out, err = process.communicate(timeout=60)
+    assert time.time() - start < 60 and process.returncode not in (0, None)
+    assert "training ended with exit code" in err and processes_of(checkout / "save") == []
+
+
+def test_ctrl_c_stops_all_ranks(checkout, digit_folder):
+    process = started(checkout, digit_folder)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and re.search("stopped by a signal", err)
+    assert processes_of(checkout / "save") == []
+
+
+def test_fix_timm_needs_timm_0_4_12(tmp_path):
+    fake = tmp_path / "timm"
+    fake.mkdir()
+    (fake / "version.py").write_text("__version__ = '0.9.16'\n")
+    for arguments, sentence in (([fake], "is timm 0.9.16"), ([tmp_path], "is no timm package")):
+        code, out, err = commands.run(["bash", os.path.join(commands.ROOT, "fix_timm", "apply.sh")] + arguments)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and sentence in err

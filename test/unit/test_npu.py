@@ -1,0 +1,293 @@
+"""The NPU's path, on a stand-in: a device that PyTorch dispatches to under the name npu (npu_double/).
+
+The stand-in needs the current line's device extension points, a C++ compiler and ninja.
+"""
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import commands
+from torch_npu_wheel import base
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+DOUBLE = os.path.join(HERE, "npu_double")
+pytestmark = pytest.mark.skipif(not hasattr(torch.utils, "rename_privateuse1_backend"),
+                                reason="this PyTorch has no extension points for a device of another package")
+
+
+def with_double(cards=1):
+    """Environment in which torch_npu and apex are the stand-ins, with so many cards."""
+    return {"PYTHONPATH": DOUBLE, "NPU_DOUBLE_COUNT": str(cards), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built_double():
+    """The extension is compiled once, before any test's time runs."""
+    assert shutil.which("c++") or shutil.which("g++"), "the stand-in for the NPU needs a C++ compiler (g++)"
+    code, out, err = commands.run([sys.executable, "-c", "import torch_npu"], env=with_double())
+    assert code == 0, out + err
+
+
+@functools.lru_cache(maxsize=None)
+def steps(device, *arguments):
+    """What npu_steps.py reports."""
+    code, out, err = commands.run([sys.executable, os.path.join(HERE, "npu_steps.py"), device] + list(arguments),
+                                  env=with_double())
+    assert code == 0, out + err
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def on_cpu():
+    return steps("cpu", "none", "-", "-")
+
+
+def total(norms):
+    return sum(norm ** 2 for norm in norms.values()) ** 0.5
+
+
+def test_steps_on_the_npu_equal_those_on_the_cpu(on_cpu):
+    npu = steps("npu", "none", "-", "-")
+    assert npu["optimizer"] == "torch_npu.optim" and on_cpu["optimizer"].startswith("torch.optim")
+    assert max(abs(a - b) for a, b in zip(npu["losses"], on_cpu["losses"])) < 1e-6
+    for step, (ours, theirs) in enumerate(zip(npu["gradients"], on_cpu["gradients"])):
+        allowed = 1e-6 if step == 0 else 1e-4  # of the whole; later steps start from weights that differ by rounding
+        assert set(ours) == set(theirs) and max(abs(ours[k] - theirs[k]) for k in ours) < allowed * total(theirs), step
+    # where a gradient is nothing but rounding, AdamW still moves by the learning rate, in either direction
+    noise = {k for k, norm in on_cpu["gradients"][0].items() if norm < 1e-6}
+    weights = [report["weights"][0] for report in (npu, on_cpu)]
+    assert len(noise) < len(weights[0]) / 4
+    for k in weights[0]:
+        assert abs(weights[0][k] - weights[1][k]) < (1e-3 if k in noise else 1e-6 * max(1, weights[1][k])), k
+
+
+def test_a_step_reads_only_the_loss_and_uses_only_operators_that_torch_npu_supports():
+    with open(os.path.join(HERE, "data", "torch_npu_2.13.0_operators.txt")) as f:
+        supported = set(f.read().split())
+    assert len(supported) > 400
+    for arguments, allowed in ((("none", "-", "-"), 1), (("native", "O1", "-"), 1), (("native", "O1", "dynamic"), 2),
+                               (("apex", "O1", "-"), 1)):
+        report = steps("npu", *arguments)
+        print(arguments, "waits per step", report["syncs"], "operators:", " ".join(sorted(map(base, report["operators"]))))
+        assert max(report["syncs"]) <= allowed and min(report["syncs"]) >= 1, arguments
+        assert set(report["to_host"]) == {0}
+        assert not {op for op in report["operators"] if base(op) not in supported}
+        assert len(report["operators"]) > 30
+
+
+def test_a_fused_optimizer_trains_the_tradeoffs_that_get_their_first_gradient_late(on_cpu):
+    def moved(report, before, after):
+        weights = report["weights"]
+        return {name for name in weights[after] if name.endswith("learn_tradeoff")
+                and weights[after][name] != weights[before][name]}
+
+    npu = steps("npu", "none", "-", "-")
+    assert moved(npu, 2, 4) == moved(on_cpu, 2, 4) != set()
+    assert moved(npu, 0, 2) == moved(on_cpu, 0, 2) == set()
+
+
+@pytest.mark.parametrize("arguments, name, tolerance", [
+    (("native", "O1", "128"), "fp16 mixed (native O1, loss scale 128.0)", 5e-3),
+    (("apex", "O1", "128"), "fp16 mixed (apex O1, loss scale 128.0)", 5e-3),
+    (("apex", "O2", "128"), "fp16 mixed (apex O2, loss scale 128.0)", 1e-2),
+])
+def test_mixed_precision_agrees_with_float32_within_rounding(on_cpu, arguments, name, tolerance):
+    report = steps("npu", *arguments)
+    assert report["precision"] == name
+    assert report["lr"] == on_cpu["lr"] and report["scales"] == [128.0] * 5
+    for ours, theirs in zip(report["losses"], on_cpu["losses"]):
+        assert abs(ours / theirs - 1) < tolerance
+        assert ours != theirs  # it did compute in fp16
+    if "O2" not in arguments:  # whose gradients are those of the master weights
+        assert abs(total(report["gradients"][4]) / total(on_cpu["gradients"][4]) - 1) < tolerance
+    assert abs(total(report["weights"][4]) / total(on_cpu["weights"][4]) - 1) < 1e-4
+
+
+def test_bf16_on_the_cpu_agrees_with_float32_within_rounding(on_cpu):
+    report = steps("cpu", "auto", "O1", "-")
+    assert report["precision"] == "bf16 mixed (native O1)" and report["scales"] == [None] * 5
+    for ours, theirs in zip(report["losses"], on_cpu["losses"]):
+        assert 0 < abs(ours / theirs - 1) < 3e-2
+
+
+@pytest.mark.parametrize("backend", ["native", "apex"])
+def test_an_overflow_is_skipped_and_the_scale_halved(backend):
+    report = steps("npu", backend, "O1", "dynamic", "1")
+    weights, scales = report["weights"], report["scales"]
+    # at 2 ** 16, where the scale starts, the first step overflows by itself; the second is made to
+    assert weights[1] == weights[0] != weights[2] != weights[3]
+    assert [scale / 2 ** 16 for scale in scales] == [0.5, 0.25, 0.25, 0.25, 0.25]
+    assert report["losses"][1] > 1e29 and all(0 < loss < 100 for i, loss in enumerate(report["losses"]) if i != 1)
+
+
+def test_the_scale_grows_again_after_steps_without_an_overflow():
+    """The growth interval is PyTorch's, 2,000 steps; here it is set to two."""
+    script = ("import evo_vit, torch, torch_npu; from runtime.precision import build_precision\n"
+              "p = build_precision(torch.device('npu', 0), 'native', 'O1', 'dynamic'); p._scaler.set_growth_interval(2)\n"
+              "w = torch.nn.Linear(4, 1).to('npu'); o = torch.optim.SGD(w.parameters(), 1e-3); scales = []\n"
+              "for factor in (1, 1e38, 1, 1, 1, 1):\n"
+              "    o.zero_grad(); p.backward(w(torch.ones(2, 4).to('npu')).sum() * factor, o); p.step(w, o)\n"
+              "    scales.append(p.loss_scale / 2 ** 16)\n"
+              "print(scales)")
+    code, out, err = commands.run([sys.executable, "-c", script], env=with_double())
+    assert code == 0, err
+    assert json.loads(out) == [1, 0.5, 0.5, 1, 1, 2]
+
+
+def test_apex_is_called_as_ascend_documents_it():
+    report = steps("npu", "auto", "-", "-")
+    assert report["precision"].startswith("fp16 mixed (apex O1, loss scale 128")
+    assert report["optimizer"] == "apex.optimizers"
+    assert report["apex_calls"][0] == ["initialize", {"opt_level": "O1", "loss_scale": 128.0, "combine_grad": True}]
+    assert [name for name, _ in report["apex_calls"][1:]] == ["scale_loss", "master_params"] * 5
+
+
+def test_the_double_refuses_what_a_card_refuses():
+    script = ("import torch, torch_npu\n"
+              "on, off = torch.randn(4, 4).to('npu'), torch.randn(4, 4)\n"
+              "bad = [lambda: on + off, lambda: on @ off, lambda: torch.nn.Conv2d(4, 4, 1).to('npu')(torch.randn(1, 4, 2, 2)),\n"
+              "       lambda: on.double(), lambda: on.nonzero(), lambda: on[on > 0],\n"
+              "       lambda: on.t().gather(1, torch.zeros(4, 1, dtype=torch.int64).to('npu')), lambda: on.to('npu:1')]\n"
+              "for call in bad:\n"
+              "    try: call()\n"
+              "    except (RuntimeError, NotImplementedError): print('refused')\n"
+              "print(on.device, (on * 2).sum().device, torch.equal((on @ on).cpu(), on.cpu() @ on.cpu()))")
+    code, out, err = commands.run([sys.executable, "-c", script], env=with_double())
+    assert code == 0, err
+    assert out.split("\n")[:-1] == ["refused"] * 8 + ["npu:0 npu:0 True"]
+
+
+SMALL = ["--num_workers", "1", "--input-size", "64", "--batch-size", "32", "--model", "EvoLeViT_128S"]
+
+
+def test_main_trains_resumes_and_evaluates_on_the_npu(digit_folder, teacher, tmp_path):
+    out = tmp_path / "save"
+    flags = ["--teacher-model", "regnety_002", "--teacher-path", teacher, "--data_path", digit_folder,
+             "--stage-wise-epoch", 1, "--output_dir", out]
+    printed = commands.succeed("--epochs", 2, *flags, small=SMALL, env=with_double())
+    assert "Device: npu x 1, precision fp16 mixed (apex O1, loss scale 128.0)" in printed
+    checkpoint = torch.load(str(out / "checkpoint.pth"), map_location="cpu", weights_only=True)
+    assert checkpoint["amp_backend"] == "apex" and checkpoint["scaler"]["loss_scaler0"]["loss_scale"] == 128.0
+    assert {t.device.type for t in checkpoint["model"].values()} == {"cpu"}
+    resumed = commands.succeed("--epochs", 3, "--resume", out / "checkpoint.pth", "--amp-backend", "native", *flags,
+                               small=SMALL, env=with_double())
+    assert "Epoch 2 (stage-wise)" in resumed and "native O1" in resumed
+    with open(str(out / "log.txt")) as f:
+        last = json.loads(f.read().splitlines()[-1])
+    assert last["loss_scale"] == 128.0 and last["peak_memory_mb"] > 1
+    on_npu = commands.succeed("--eval", "--resume", out / "checkpoint.pth", small=[], env=with_double())
+    on_cpu = commands.succeed("--eval", "--resume", out / "checkpoint.pth", small=["--device", "cpu"])
+    assert "Device: npu" in on_npu and "Device: cpu" in on_cpu and "60 images" in on_npu
+    losses = [float(text.split("loss ")[-1].split()[0]) for text in (on_npu, on_cpu)]
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+
+def test_two_processes_train_over_hccl_and_stay_identical(digit_folder, tmp_path):
+    script = ("import sys, torch, main\n"
+              "model = main.main(sys.argv[2:])\n"
+              "import os; torch.save({k: p.detach().cpu() for k, p in model.named_parameters()}, sys.argv[1] + os.environ['RANK'])\n")
+    (tmp_path / "keep.py").write_text("import sys; sys.path.insert(0, {!r})\n".format(commands.ROOT) + script)
+    code, out, err = commands.run(
+        commands.launchers(2)["torchrun"] + [tmp_path / "keep.py", tmp_path / "rank"] + SMALL[2:] +
+        ["--num_workers", 0, "--distillation-type", "none", "--data_path", digit_folder, "--epochs", 2,
+         "--stage-wise-epoch", 1, "--output_dir", tmp_path / "save"],
+        env=dict(with_double(2), TORCH_DEVICE_BACKEND_AUTOLOAD="0"))
+    assert code == 0, out + err
+    assert "Device: npu x 2" in out
+    first, second = (torch.load(str(tmp_path / "rank{}".format(rank)), weights_only=True) for rank in (0, 1))
+    assert first and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_more_processes_than_cards_are_refused(digit_folder):
+    code, out, err = commands.run([sys.executable, commands.MAIN, "--device", "npu", "--device_id", 1, "--data_path",
+                                   digit_folder], env=with_double(1))
+    assert (code, out) == (2, "")
+    assert err == "error: there is 1 npu device here, too few for 1 process from card 1 on; start one process a card\n"
+
+
+def test_torch_npu_that_does_not_load_is_named_once(digit_folder, tmp_path):
+    """As on a machine without the toolkit: importing torch_npu fails for a library that is not there."""
+    package = tmp_path / "torch_npu"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "raise ImportError('libhccl.so: cannot open shared object file: No such file or directory')\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    flags = ["--distillation-type", "none", "--epochs", 1, "--max-steps", 1, "--data_path", digit_folder, "--output_dir",
+             tmp_path / "save"]
+    code, out, err = commands.run([sys.executable, commands.MAIN, "--device", "npu"] + SMALL + flags, env=env)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("error: --device npu: torch_npu does not load (libhccl.so") and "set_env.sh" in err
+    auto = commands.succeed(*flags, small=SMALL, env=env)
+    assert auto.startswith("Note: no NPU is used: torch_npu does not load (libhccl.so") and auto.count("libhccl") == 1
+    assert "libhccl" not in commands.succeed("--device", "cpu", *flags, small=SMALL, env=env)
+
+
+def wheel_text(folder):
+    """A reader of files of the torch_npu 2.13.0 wheel, downloaded to `folder`."""
+    import zipfile
+    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder),
+                    "torch_npu==2.13.0"], check=True, timeout=900)
+    wheel = zipfile.ZipFile(str(next(folder.glob("torch_npu-2.13.0-*.whl"))))
+    return wheel, lambda path: wheel.read(path).decode()
+
+
+@pytest.mark.slow
+def test_the_real_torch_npu_without_a_toolkit(digit_folder, tmp_path):
+    """The names that runtime/ uses stand in the wheel's source, with the signatures used; the wheel unpacked beside
+    PyTorch leaves the CPU usable, is named where it is not used, and refused where it is asked for."""
+    import ast
+    wheel, read = wheel_text(tmp_path)
+    with open(os.path.join(HERE, "data", "torch_npu_2.13.0_operators.txt")) as f:
+        from torch_npu_wheel import supported_operators
+        assert set(f.read().split()) == supported_operators(read)
+
+    def definition(path, name):
+        found = [node for node in ast.walk(ast.parse(read(path))) if getattr(node, "name", None) == name]
+        assert found, (path, name)
+        return found[0]
+
+    def arguments(path, name, method=None):
+        node = definition(path, name)
+        if method:
+            node = [n for n in node.body if getattr(n, "name", None) == method][0]
+        return [a.arg for a in node.args.args]
+
+    exported = read("torch_npu/npu/__init__.py")
+    for name in ("is_available", "device_count", "set_device", "set_option", "synchronize", "max_memory_allocated"):
+        assert '"{}"'.format(name) in exported, name
+    assert arguments("torch_npu/npu/utils.py", "set_device") == ["device"]
+    assert arguments("torch_npu/npu/utils.py", "synchronize") == ["device"]
+    assert arguments("torch_npu/npu/memory.py", "max_memory_allocated") == ["device"]
+    assert arguments("torch_npu/npu/npu_config.py", "set_option") == ["option"]
+    for option in ("ACL_OP_COMPILER_CACHE_MODE", "ACL_OP_COMPILER_CACHE_DIR"):
+        assert option in read("torch_npu/npu/npu_config.py")
+    assert {"init_scale", "dynamic"} <= set(arguments("torch_npu/npu/amp/grad_scaler.py", "GradScaler", "__init__"))
+    for name in ("scale", "unscale_", "step", "update", "state_dict", "load_state_dict"):
+        assert arguments("torch_npu/npu/amp/grad_scaler.py", "GradScaler", name)
+    assert arguments("torch_npu/npu/amp/autocast_mode.py", "autocast", "__init__")[1:] == [
+        "enabled", "dtype", "cache_enabled"]
+    adamw = arguments("torch_npu/optim/npu_fused_adamw.py", "NpuFusedAdamW", "__init__")
+    assert adamw[1:] == ["params", "lr", "betas", "eps", "weight_decay", "amsgrad"]
+    assert "is_fused_optimizer = True" in read("torch_npu/optim/npu_fused_optim_base.py")
+    assert "from .npu_fused_adamw import NpuFusedAdamW" in read("torch_npu/optim/__init__.py")
+    assert '"hccl"' in read("torch_npu/_init/registry/distributed.py")
+
+    venv = tmp_path / "site"
+    wheel.extractall(str(venv))
+    env = {"PYTHONPATH": str(venv)}
+    code, _, err = commands.run([sys.executable, "-c", "import torch"], env=env)
+    assert code != 0 and "torch_npu" in err, "the wheel's auto-loading no longer makes `import torch` fail"
+    flags = ["--distillation-type", "none", "--epochs", 1, "--max-steps", 1, "--data_path", digit_folder, "--output_dir",
+             tmp_path / "save"]
+    for device in ("cpu", "auto"):
+        printed = commands.succeed("--device", device, *flags, small=SMALL, env=env)
+        assert "Device: cpu x 1" in printed
+        assert printed.count("no NPU is used: torch_npu does not load") == (device == "auto")
+    code, out, err = commands.run([sys.executable, commands.MAIN, "--device", "npu"] + SMALL + flags, env=env)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "set_env.sh" in err
