@@ -70,7 +70,7 @@ def test_a_wrong_flag_is_refused(refused, flags, sentence):
 @pytest.mark.parametrize("kind", ["cuda", "npu"])
 def test_a_device_that_is_not_there_is_refused(refused, kind, monkeypatch):
     from runtime import device
-    monkeypatch.setattr(device, "_accelerator", lambda kind: None)
+    monkeypatch.setattr(device, "_accelerator", lambda kind: (None, None))
     assert "--device {}: no such device".format(kind) in refused("--data-set", "DIGITS", "--device", kind)
 
 
