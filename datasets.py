@@ -13,6 +13,8 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import datasets, transforms
 
 from runtime.errors import UserError
+from runtime.pictures import load_picture
+from runtime.randomness import derive_seed
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "DIGITS")
@@ -72,7 +74,7 @@ class INatDataset(Dataset):
 
     def __getitem__(self, index):
         path, label = self.samples[index]
-        image = datasets.folder.default_loader(path)
+        image = load_picture(path)
         return (image if self.transform is None else self.transform(image)), label
 
 
@@ -112,7 +114,8 @@ def _image_folder(root, is_train, transform):
         one = sorted(set(train) ^ set(val))[0]
         raise UserError("--data-path: the class folders of train and val differ, '{}' is only in {}".format(
             one, "train" if one in train else "val"))
-    return datasets.ImageFolder(os.path.join(root, "train" if is_train else "val"), transform=transform)
+    return datasets.ImageFolder(os.path.join(root, "train" if is_train else "val"), transform=transform,
+                                loader=load_picture)
 
 
 def build_dataset(is_train, name, root, transform, inat_category="name"):
@@ -206,36 +209,54 @@ class RASampler(Sampler):
         self.epoch = epoch
 
 
-class AccumulationBatchSampler(Sampler):
-    """Batches of one process that stands for `accum_steps` of them: the samplers of those processes are asked for a
-    batch in turn, so `accum_steps` successive batches hold the images that as many processes would have had."""
+class TrainingBatchSampler(Sampler):
+    """The training batches of one process that stands for as many as there are `samplers`: each of them is asked for a
+    batch in turn, so len(samplers) successive batches, an update's, hold what as many processes would have had.
 
-    def __init__(self, samplers, batch_size):
+    Items are (index, seed): how an image is augmented depends on `seed` (the run's), the epoch, and the image's place in
+    the epoch alone, so an epoch can be entered in its middle (`set_epoch`).
+    """
+
+    def __init__(self, samplers, batch_size, seed=0, replicas=1, first_replica=0):
         self.samplers = samplers
         self.batch_size = batch_size
+        self.seed = seed
+        self.replicas = replicas
+        self.first_replica = first_replica
         self.updates = min(len(sampler) for sampler in samplers) // batch_size
+        self.epoch = self.done = 0
 
     def __len__(self):
-        return self.updates * len(self.samplers)
+        return (self.updates - self.done) * len(self.samplers)
 
     def __iter__(self):
         iterators = [iter(sampler) for sampler in self.samplers]
-        for _ in range(self.updates):
-            for iterator in iterators:
-                yield list(islice(iterator, self.batch_size))
+        for iterator in iterators:  # what is done already
+            for _ in islice(iterator, self.done * self.batch_size):
+                pass
+        for update in range(self.done, self.updates):
+            for number, iterator in enumerate(iterators):
+                batch = []
+                for i, index in enumerate(islice(iterator, self.batch_size)):
+                    place = (update * self.batch_size + i) * self.replicas + self.first_replica + number
+                    batch.append((index, derive_seed(self.seed, self.epoch, place)))
+                yield batch
 
-    def set_epoch(self, epoch):
+    def set_epoch(self, epoch, done=0):
+        """The next iteration is `epoch`, from its update `done` on."""
+        self.epoch, self.done = epoch, done
         for sampler in self.samplers:
             sampler.set_epoch(epoch)
 
 
-def build_train_sampler(dataset, batch_size, rank, world_size, accum_steps=1, repeated_aug=True):
+def build_train_sampler(dataset, batch_size, rank, world_size, accum_steps=1, repeated_aug=True, seed=0):
     """The training batches of process `rank`; raises UserError where the data set is too small for one update."""
     kind = RASampler if repeated_aug else torch.utils.data.DistributedSampler
     replicas = world_size * accum_steps
-    sampler = AccumulationBatchSampler(
-        [kind(dataset, num_replicas=replicas, rank=rank * accum_steps + i, shuffle=True) for i in range(accum_steps)],
-        batch_size)
+    first = rank * accum_steps
+    sampler = TrainingBatchSampler(
+        [kind(dataset, num_replicas=replicas, rank=first + i, shuffle=True) for i in range(accum_steps)],
+        batch_size, seed, replicas, first)
     if not sampler.updates:
         raise UserError("{} training images do not fill one global batch of {} x {}; lower --batch-size".format(
             len(dataset), batch_size, replicas))

@@ -17,20 +17,29 @@ from timm.scheduler import create_scheduler
 
 import losses
 from datasets import DATA_SETS, INAT_CATEGORIES, ShardSampler, build_dataset, build_train_sampler, build_transform
-from engine import NonFiniteLoss, evaluate, train_one_epoch
+from engine import evaluate, train_one_epoch
 from evo_vit import compat
 from fix_timm.mixup import Mixup
 from runtime import device as devices
 from runtime import distributed
-from runtime.checkpoint import adapt_for_finetuning, load_checkpoint, load_weights, model_state, save_checkpoint
+from runtime.checkpoint import (SaveFailed, adapt_for_finetuning, export_weights, load_checkpoint, load_newest,
+                                load_weights, model_state)
+from runtime.control import Agreement, Control, NonFiniteLoss, Signals, TooManyDamagedImages
 from runtime.ema import ModelEma
 from runtime.errors import UserError
 from runtime.macs import count_macs
 from runtime.models import apply_token_schedule, build_model, check_model_name, default_input_size
 from runtime.optimizer import build_optimizer
-from runtime.output import append_log, prepare_output_dir, write_summary
+from runtime.output import prepare_output_dir, write_report, write_summary
+from runtime.pictures import DamagedImage, EvaluationView, TrainingView, collate
 from runtime.precision import build_precision, parse_loss_scale
+from runtime.randomness import seed_everything
+from runtime.state import TrainingState
 from runtime.teacher import build_teacher
+
+class Stopped(Exception):
+    """A signal asked for it, and the state is saved."""
+
 
 PUBLISHED_EPOCHS = 300
 PUBLISHED_GLOBAL_BATCH = {224: 2048, 384: 1024}  # by image size: 8 cards with 256 and 128 images
@@ -145,7 +154,14 @@ def get_args_parser():
     add("--max-steps", type=positive, default=None, metavar="N", help="end the run after N updates, to measure speed")
     add("--seed", type=int, default=0)
     add("--finetune", default="", metavar="FILE", help="start from the weights of another data set or image size")
-    add("--resume", default="", metavar="FILE", help="go on from this checkpoint, or evaluate it")
+    add("--resume", default="", metavar="FILE",
+        help="go on from this checkpoint, or evaluate it; auto: the newest good one in --output_dir, if there is one")
+    add("--save-every-steps", type=positive, default=None, metavar="N", help="save inside an epoch, too, every N updates")
+    add("--save-every-minutes", type=float, default=None, metavar="M", help="save inside an epoch, too, every M minutes")
+    add("--max-bad-images", type=int, default=50, metavar="N", help="stop when more picture files cannot be decoded")
+    add("--skip-nonfinite", type=int, default=0, metavar="N", help="leave out up to N updates in a row without finite loss")
+    add("--dist-timeout", type=float, default=30, metavar="MINUTES", help="end the job when a process is not heard of")
+    add("--export-weights", default="", metavar="FILE", help="write the weights at the end as safetensors")
     add("--start_epoch", "--start-epoch", type=int, default=0, metavar="EPOCH")
     add("--eval", action="store_true", help="evaluate --resume FILE, or DIR/best_checkpoint.pth of --output_dir")
     add("--eval-ema", action="store_true", help="evaluate the averaged weights")
@@ -193,8 +209,8 @@ def build_loader(dataset, args, device, world, **kwargs):
     if workers is None:
         workers = min(10, (os.cpu_count() or 1) // world.local_size)
     return torch.utils.data.DataLoader(
-        dataset, num_workers=workers, pin_memory=args.pin_mem and device.type != "cpu",
-        worker_init_fn=devices.seed_worker, **dict(kwargs, **compat.persistent_workers(workers)))
+        dataset, num_workers=workers, pin_memory=args.pin_mem and device.type != "cpu", collate_fn=collate,
+        **dict(kwargs, **compat.persistent_workers(workers)))
 
 
 def build_val_loader(args, device, world):
@@ -203,7 +219,8 @@ def build_val_loader(args, device, world):
     dataset, num_classes = build_dataset(False, args.data_set, args.data_path, transform, args.inat_category)
     sharded = args.dist_eval and world.size > 1
     sampler = ShardSampler(dataset, world.rank, world.size) if sharded else None
-    return build_loader(dataset, args, device, world, batch_size=args.batch_size, sampler=sampler), num_classes, sharded
+    view = EvaluationView(dataset, (3, args.input_size, args.input_size))
+    return build_loader(view, args, device, world, batch_size=args.batch_size, sampler=sampler), num_classes, sharded
 
 
 def describe(model, args, device, precision, world, say):
@@ -219,9 +236,8 @@ def describe(model, args, device, precision, world, say):
     return parameters
 
 
-def describe_training(args, world, images, updates, lr, say):
+def describe_training(args, global_batch, world, images, updates, lr, say):
     """The lines on which two runs of the same flags may differ, with a warning where they are not the published ones."""
-    global_batch = args.batch_size * world.size * args.accum_steps
     say("Data: {}, {:,} training images".format(args.data_set, images))
     say("Global batch: {} = {} images x {} processes x {} accumulation steps".format(
         global_batch, args.batch_size, world.size, args.accum_steps))
@@ -246,13 +262,25 @@ def evaluate_checkpoint(args, checkpoint, device, precision, world, say):
     describe(model, args, device, precision, world, say)
     mode = "as built"
     if "epoch" in checkpoint:
-        mode = apply_token_schedule(model, checkpoint["epoch"], args.prune_warmup_epoch, args.stage_wise_epoch)
+        epoch = max(checkpoint["epoch"], 0)  # -1 before the first is finished
+        mode = apply_token_schedule(model, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
     model, _ = precision.prepare(model.to(device))
     stats = evaluate(loader, model, device, sharded, show=world.is_main, precision=precision)
     say("Evaluated {} ({}, {}) on {} images of {}".format(
         args.resume, "averaged weights" if args.eval_ema else "weights", mode, stats["images"], args.data_set))
     say("Acc@1 {acc1:.3f}  Acc@5 {acc5:.3f}  loss {loss:.4f}  images/s {images_per_s:.1f}".format(**stats))
+    if stats["damaged"]:
+        say("{} damaged images, named above, count as wrong".format(stats["damaged"]))
+    if args.export_weights and world.is_main:
+        save_export(model, args, say)
     return model
+
+
+def save_export(model, args, say):
+    """`--export-weights`: the model's weights, with what --eval needs to build it again."""
+    export_weights(model, args.export_weights, {"args": {
+        name: getattr(args, name) for name in ("model", "input_size", "data_set", "inat_category")}})
+    say("The weights now lie in {}".format(args.export_weights))
 
 
 def train(args, given, checkpoint, device, precision, world, say):
@@ -266,8 +294,9 @@ def train(args, given, checkpoint, device, precision, world, say):
                                 args.train_interpolation, args.reprob, args.remode, args.recount)
     dataset, num_classes = build_dataset(True, args.data_set, args.data_path, transform, args.inat_category)
     val_loader, _, sharded = build_val_loader(args, device, world)
-    sampler = build_train_sampler(dataset, args.batch_size, world.rank, world.size, args.accum_steps, args.repeated_aug)
-    train_loader = build_loader(dataset, args, device, world, batch_sampler=sampler)
+    sampler = build_train_sampler(dataset, args.batch_size, world.rank, world.size, args.accum_steps, args.repeated_aug,
+                                  args.seed)
+    train_loader = build_loader(TrainingView(dataset), args, device, world, batch_sampler=sampler)
 
     model = build_model(args.model, num_classes, args.input_size, distil, args.drop_path)
     if args.finetune:
@@ -299,7 +328,8 @@ def train(args, given, checkpoint, device, precision, world, say):
             model, device_ids=None if device.type == "cpu" else [device.index],
             find_unused_parameters=True, **compat.no_buffer_broadcast())
 
-    describe_training(args, world, len(dataset), sampler.updates, scaled_lr, say)
+    global_batch = args.batch_size * world.size * args.accum_steps
+    describe_training(args, global_batch, world, len(dataset), sampler.updates, scaled_lr, say)
 
     mixup_fn = None
     if mixup_active:
@@ -313,80 +343,75 @@ def train(args, given, checkpoint, device, precision, world, say):
     criterion = losses.DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha,
                                         args.distillation_tau)
 
-    max_accuracy = -1.0  # so that the first epoch is the best so far, whatever it reaches
+    args.processes, args.global_batch = world.size, global_batch
+    state = TrainingState(model, model_ema, optimizer, lr_scheduler, precision, args)
     if checkpoint is not None:
-        load_weights(model, model_state(checkpoint, args.resume, "--resume"), args.model, args.resume, "--resume")
-        max_accuracy = checkpoint.get("max_accuracy", max_accuracy)
-        if "optimizer" in checkpoint:
-            try:
-                optimizer.load_state_dict(checkpoint["optimizer"])
-                lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
-                if checkpoint.get("amp_backend") == precision.backend:
-                    precision.load_state_dict(checkpoint["scaler"])
-            except (KeyError, ValueError) as error:
-                raise UserError("--resume: the optimiser state of {} does not fit --opt {} ({})".format(
-                    args.resume, args.opt, error))
-        if "epoch" in checkpoint and "start_epoch" not in given:
-            args.start_epoch = checkpoint["epoch"] + 1
-            if args.start_epoch >= args.epochs:
-                raise UserError("--resume: {} has finished epoch {} of {} already; raise --epochs to go on, or use --eval"
-                                .format(args.resume, args.start_epoch, args.epochs))
-        if model_ema is not None:
-            averaged = model_state(checkpoint, args.resume, "--resume",
-                                   "model_ema" if checkpoint.get("model_ema") else "model")
-            load_weights(model_ema.module, averaged, args.model, args.resume, "--resume")
-    elif args.start_epoch and args.sched != "plateau":
+        state.restore(checkpoint, args.resume, "start_epoch" in given, global_batch, say)
+    if args.start_epoch and state.epoch == args.start_epoch and not state.log and args.sched != "plateau":
         lr_scheduler.step(args.start_epoch - 1)
 
     if world.is_main:
-        prepare_output_dir(args.output_dir, fresh=checkpoint is None, say=say)
-    start = time.time()
-    updates, speeds = 0, []
-    for epoch in range(args.start_epoch, args.epochs):
-        epoch_start = time.time()
-        mode = apply_token_schedule(model, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
-        if model_ema is not None:
-            apply_token_schedule(model_ema.module, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
-        sampler.set_epoch(epoch)
-        train_stats = train_one_epoch(parallel, criterion, train_loader, optimizer, device, epoch, args.accum_steps,
-                                      args.clip_grad, args.clip_mode, model_ema, mixup_fn, world.size, world.is_main,
-                                      precision, args.max_steps and args.max_steps - updates)
-        distributed.broadcast_buffers(model)
-        test_stats = evaluate(val_loader, model, device, sharded, world.is_main, precision)
-        lr_scheduler.step(epoch, test_stats["acc1"])
-        best = test_stats["acc1"] > max_accuracy
-        max_accuracy = max(max_accuracy, test_stats["acc1"])
-        updates += train_stats["updates"]
-        speeds.append(train_stats["train_images_per_s"])
+        prepare_output_dir(args.output_dir, checkpoint is None, state.size_on_disk(), say)
+        state.write_log()
+    distributed.barrier()
+    agreement = Agreement(timedelta(minutes=args.dist_timeout))
+    start, updates = time.time(), 0
+    with Signals() as signals:
+        control = Control(agreement, signals, args.save_every_steps, args.save_every_minutes, args.max_bad_images,
+                          args.skip_nonfinite)
 
-        if world.is_main:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                     "lr_scheduler": lr_scheduler.state_dict(), "epoch": epoch, "args": vars(args),
-                     "amp_backend": precision.backend, "scaler": precision.state_dict(),
-                     "model_ema": model_ema.module.state_dict() if model_ema is not None else None,
-                     "max_accuracy": max_accuracy}
-            save_checkpoint(state, os.path.join(args.output_dir, "checkpoint.pth"))
-            if best:
-                save_checkpoint(state, os.path.join(args.output_dir, "best_checkpoint.pth"))
+        def save_inside_epoch(epoch_updates, loss_sum):
+            state.progress = {"images": epoch_updates * global_batch, "loss_sums": agreement.gather(loss_sum)}
+            if world.is_main:
+                state.save()
+            distributed.barrier()  # no process leaves while rank 0 still writes
+            if control.stop:
+                raise Stopped
+
+        for epoch in range(state.epoch, args.epochs):
+            epoch_start = time.time()
+            mode = apply_token_schedule(model, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
+            if model_ema is not None:
+                apply_token_schedule(model_ema.module, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
+            done = state.done(global_batch, world.rank)
+            sampler.set_epoch(epoch, done[0])
+            train_stats = train_one_epoch(
+                parallel, criterion, train_loader, optimizer, device, epoch, control, args.accum_steps, args.clip_grad,
+                args.clip_mode, model_ema, mixup_fn, world.size, world.rank, world.is_main, precision,
+                args.max_steps and args.max_steps - updates, args.seed, done, save_inside_epoch)
+            distributed.broadcast_buffers(model)
+            test_stats = evaluate(val_loader, model, device, sharded, world.is_main, precision)
+            lr_scheduler.step(epoch, test_stats["acc1"])
+            best = test_stats["acc1"] > state.max_accuracy
+            state.max_accuracy = max(state.max_accuracy, test_stats["acc1"])
             log = dict(train_stats, epoch=epoch, mode=mode, seconds=time.time() - epoch_start,
-                       peak_memory_mb=devices.peak_memory_mb(device), n_parameters=n_parameters)
+                       peak_memory_mb=devices.peak_memory_mb(device), n_parameters=n_parameters,
+                       damaged_images=control.damaged)
             log.update(("test_" + name, value) for name, value in test_stats.items())
-            append_log(args.output_dir, log)
+            state.log.append(log)
+            state.epoch, state.progress = epoch + 1, None
+            if world.is_main:
+                state.save(best)
             say("Epoch {} ({}): train loss {:.4f}, {:.1f} images/s; test Acc@1 {:.3f}, Acc@5 {:.3f}, loss {:.4f}; "
                 "best Acc@1 {:.3f}".format(epoch, mode, train_stats["train_loss"], train_stats["train_images_per_s"],
-                                           test_stats["acc1"], test_stats["acc5"], test_stats["loss"], max_accuracy))
-        distributed.barrier()  # no process leaves while rank 0 still writes
-        if updates == args.max_steps:
-            break
+                                           test_stats["acc1"], test_stats["acc5"], test_stats["loss"],
+                                           state.max_accuracy))
+            distributed.barrier()
+            updates += train_stats["updates"] - done[0]
+            if updates == args.max_steps:
+                break
+            if agreement.total(int(signals.stop))[0] and state.epoch < args.epochs:
+                raise Stopped
     if world.is_main:
-        images_per_s = statistics.median(speeds)
-        global_batch = args.batch_size * world.size * args.accum_steps
+        speeds = [entry["train_images_per_s"] for entry in state.log if entry["train_images_per_s"] > 0]
+        speed = statistics.median(speeds) if speeds else 0.0
         write_summary(args.output_dir, {
             "model": args.model, "device": device.type, "processes": world.size, "batch_size": args.batch_size,
-            "global_batch": global_batch, "precision": precision.name, "epochs": len(speeds), "updates": updates,
-            "images_per_s": images_per_s, "step_ms": 1000 * global_batch / images_per_s,
-            "train_loss": train_stats["train_loss"], "test_acc1": test_stats["acc1"], "best_acc1": max_accuracy,
-            "seconds": time.time() - start})
+            "global_batch": global_batch, "precision": precision.name, "epochs": len(state.log), "updates": updates,
+            "images_per_s": speed, "step_ms": 1000 * global_batch / speed if speed else 0.0, "train_loss": state.log[-1]["train_loss"],
+            "test_acc1": state.log[-1]["test_acc1"], "best_acc1": state.max_accuracy, "seconds": time.time() - start})
+        if args.export_weights:
+            save_export(model, args, say)
     say("Training time {}; {} holds the weights of the last epoch and of the best".format(
         timedelta(seconds=int(time.time() - start)), args.output_dir))
     return model
@@ -406,12 +431,16 @@ def run(args, given):
         if not os.path.isfile(args.resume):
             raise UserError("--eval: there is no {}; train first, or name a checkpoint with --resume FILE"
                             .format(args.resume))
-    if args.resume:
+    if args.resume == "auto" and not args.eval:
+        checkpoint, args.resume = load_newest(args.output_dir, say)
+        if checkpoint is None:
+            say("--resume auto: {} holds no checkpoint yet, so training starts".format(args.output_dir))
+    elif args.resume:
         checkpoint = load_checkpoint(args.resume, "--resume")
     device = devices.select_device(args.device, world.local_rank, world.local_size, args.device_id, say)
     precision = build_precision(device, args.amp_backend, args.opt_level, args.loss_scale)
-    devices.seed_everything(args.seed + world.rank)
-    distributed.init_processes(world, device, args.dist_url)
+    seed_everything(args.seed + world.rank)
+    distributed.init_processes(world, device, args.dist_url, timedelta(minutes=args.dist_timeout))
     try:
         if args.eval:
             take_from_checkpoint(args, given, checkpoint)
@@ -430,9 +459,23 @@ def main(argv=None):
         if os.environ.get("RANK", "0") == "0":
             print("error: {}".format(error), file=sys.stderr)
         sys.exit(2)
+    except Stopped:
+        say_once("Stopped as asked; to go on: the same command with --resume auto")
+        sys.exit(0)
     except NonFiniteLoss as error:
-        print("error: training stopped: {}; {} has the last checkpoint".format(error, args.output_dir), file=sys.stderr)
+        path = write_report(args.output_dir, error)
+        print("error: training stopped: {} in epoch {epoch}, update {update}, at learning rate {lr:.3g}, loss scale "
+              "{loss_scale}; {} names the files of the batch".format(error, path, **error.report), file=sys.stderr)
         sys.exit(1)
+    except (TooManyDamagedImages, DamagedImage, SaveFailed) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print("error: training stopped: {}".format(error), file=sys.stderr)
+        sys.exit(1)
+
+
+def say_once(text):
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -236,3 +236,18 @@ def grad_scaler(device_type, fixed_scale=None):
     if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):
         return torch.amp.GradScaler(device_type, **options)
     return torch.cuda.amp.GradScaler(**options)
+
+
+# --- torch 1.5 writes its older file format unless told otherwise; the newer one carries checksums.
+def save(checkpoint, file):
+    """torch.save in the zip format, which every line reads."""
+    torch.save(checkpoint, file, _use_new_zipfile_serialization=True)
+
+
+# --- torch 1.5 has no torch.hub.get_dir().
+def hub_dir():
+    """Folder of what PyTorch's hub has downloaded ($TORCH_HOME/hub)."""
+    if hasattr(torch.hub, "get_dir"):
+        return torch.hub.get_dir()
+    home = os.environ.get("TORCH_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch"))
+    return os.path.join(os.path.expanduser(home), "hub")

@@ -2,10 +2,8 @@
 import argparse
 import importlib.util
 import os
-import random
 import sys
 
-import numpy as np
 import torch
 
 from .errors import UserError
@@ -105,20 +103,6 @@ def peak_memory_mb(device):
     import resource  # not on Windows, where this line is not reached by the supported launchers
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
-
-
-def seed_everything(seed):
-    """Seeds Python, NumPy and PyTorch (every device)."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def seed_worker(_):
-    """A data loader's worker: NumPy and Python follow the seed that PyTorch gave this worker."""
-    seed = torch.initial_seed() % 2 ** 32
-    random.seed(seed)
-    np.random.seed(seed)
 
 
 def main(processes, first, flags):

@@ -1,5 +1,6 @@
 """The processes of one run, started by torchrun or torch.distributed.launch, or a single one without a launcher."""
 import os
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -49,10 +50,14 @@ def read_world(local_rank=None, world_size=None):
     return World(rank, size, local_rank, local_size)
 
 
-def init_processes(world, device, dist_url="env://"):
-    """Joins the process group, with the back end that belongs to `device`; nothing for a single process."""
+def init_processes(world, device, dist_url="env://", timeout=timedelta(minutes=30)):
+    """Joins the process group, with the back end that belongs to `device`; nothing for a single process.
+
+    A collective that waits for longer than `timeout` ends the process.
+    """
     if world.size > 1:
-        dist.init_process_group(BACKENDS[device.type], init_method=dist_url, world_size=world.size, rank=world.rank)
+        dist.init_process_group(BACKENDS[device.type], init_method=dist_url, world_size=world.size, rank=world.rank,
+                                timeout=timeout)
 
 
 def close_processes():

@@ -1,16 +1,19 @@
 """The output folder of a run: checkpoint.pth, best_checkpoint.pth, log.txt and summary.json."""
 import json
 import os
+import shutil
 
+from .checkpoint import BEST, NEWEST, OLDER
 from .errors import UserError
 
-FILES = ("checkpoint.pth", "best_checkpoint.pth", "log.txt", "summary.json")
+FILES = (NEWEST, OLDER, BEST, "log.txt", "summary.json")
 
 
-def prepare_output_dir(path, fresh, say):
+def prepare_output_dir(path, fresh, checkpoint_size, say):
     """Makes the folder. A `fresh` run moves what an earlier one left there into a new folder previous-N inside it.
 
-    Raises UserError where the folder cannot be written.
+    Raises UserError where the folder cannot be written, or its disk has no room for the four files of `checkpoint_size`
+    bytes that a run keeps at a time.
     """
     try:
         os.makedirs(path, exist_ok=True)
@@ -26,14 +29,16 @@ def prepare_output_dir(path, fresh, say):
             for name in left:
                 os.replace(os.path.join(path, name), os.path.join(aside, name))
             say("The files of an earlier run in {} now lie in {}".format(path, aside))
+        probe = os.path.join(path, ".probe")
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+        free = shutil.disk_usage(path).free
+        if free < 4 * checkpoint_size:
+            raise UserError("--output_dir: the disk of {} has {:,} MiB left and a run needs {:,}, four checkpoints' worth"
+                            .format(path, free >> 20, 4 * checkpoint_size >> 20))
     except OSError as error:
         raise UserError("--output_dir: {} cannot be written ({})".format(path, error.strerror or error))
-
-
-def append_log(path, values):
-    """Adds one line, a JSON object, to log.txt."""
-    with open(os.path.join(path, "log.txt"), "a") as f:
-        f.write(json.dumps(values) + "\n")
 
 
 def write_summary(path, values):
@@ -41,3 +46,11 @@ def write_summary(path, values):
     with open(os.path.join(path, "summary.json"), "w") as f:
         json.dump(values, f, indent=1)
         f.write("\n")
+
+
+def write_report(path, error):
+    """Writes what a runtime.control.NonFiniteLoss reports to nonfinite-RANK.json; returns the file's path."""
+    file = os.path.join(path, "nonfinite-{}.json".format(os.environ.get("RANK", "0")))
+    with open(file, "w") as f:
+        json.dump(dict(error.report, reason=str(error)), f, indent=1)
+    return file

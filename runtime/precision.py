@@ -41,6 +41,9 @@ class Precision:
             clip(model.parameters())
         optimizer.step()
 
+    def skip(self, optimizer):
+        """Called in place of step() where the update is left out."""
+
     def state_dict(self):
         """What a checkpoint keeps, {} for nothing."""
         return {}
@@ -129,6 +132,10 @@ class ApexPrecision(Precision):
         if clip is not None:
             clip(self._amp.master_params(optimizer))
         optimizer.step()
+
+    def skip(self, optimizer):
+        if self._loss_scale == "dynamic":
+            optimizer.step()  # which apex has replaced, for this one call, by one that does nothing
 
     def state_dict(self):
         return self._amp.state_dict()

@@ -15,8 +15,10 @@ from datasets import build_train_sampler  # noqa: E402
 from evo_vit.compat import no_buffer_broadcast  # noqa: E402
 from engine import train_one_epoch  # noqa: E402
 from losses import DistillationLoss  # noqa: E402
+from runtime.control import Agreement, Control, Signals  # noqa: E402
 from runtime.device import select_device  # noqa: E402
 from runtime.distributed import close_processes, init_processes, read_world  # noqa: E402
+from runtime.pictures import TrainingView, collate  # noqa: E402
 
 
 def main(out, accum_steps):
@@ -30,7 +32,7 @@ def main(out, accum_steps):
     torch.manual_seed(0)
     model = timm.create_model("EvoLeViT_128S", num_classes=10, distillation=False, img_size=64).double()
     sampler = build_train_sampler(data, 8, world.rank, world.size, accum_steps, repeated_aug=False)
-    loader = torch.utils.data.DataLoader(data, batch_sampler=sampler)
+    loader = torch.utils.data.DataLoader(TrainingView(data), batch_sampler=sampler, collate_fn=collate)
     parallel = model
     if world.size > 1:
         parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
@@ -42,7 +44,8 @@ def main(out, accum_steps):
         model.set_learn_tradeoff(epoch == 1)
         sampler.set_epoch(epoch)
         train_one_epoch(parallel, DistillationLoss(base, None, "none", 0, 1), loader, optimizer, device, epoch,
-                        accum_steps, clip_grad=0.01, world_size=world.size, show=False)
+                        Control(Agreement(), Signals()), accum_steps, clip_grad=0.01, world_size=world.size,
+                        rank=world.rank, show=False)
     torch.save({k: p.detach() for k, p in model.named_parameters()}, "{}.{}".format(out, world.rank))
     close_processes()
 

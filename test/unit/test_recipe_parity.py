@@ -11,7 +11,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer
 from timm.scheduler import create_scheduler
 
-from datasets import AccumulationBatchSampler, RASampler, ShardSampler
+from datasets import RASampler, ShardSampler, TrainingBatchSampler
 from engine import train_step
 from losses import DistillationLoss
 from main import get_args_parser
@@ -54,8 +54,8 @@ def test_sharded_evaluation_sees_every_image_once(length, world):
 
 def test_accumulation_hands_out_the_images_of_as_many_processes():
     data = range(700)
-    one = AccumulationBatchSampler([RASampler(data, 4, r) for r in range(4)], 8)
-    many = [AccumulationBatchSampler([RASampler(data, 4, r)], 8) for r in range(4)]
+    one = TrainingBatchSampler([RASampler(data, 4, r) for r in range(4)], 8, 0, 4, 0)
+    many = [TrainingBatchSampler([RASampler(data, 4, r)], 8, 0, 4, r) for r in range(4)]
     for sampler in [one] + many:
         sampler.set_epoch(2)
     batches, parts = list(one), [list(sampler) for sampler in many]

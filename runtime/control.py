@@ -1,0 +1,129 @@
+"""What all processes of a run decide together between two updates: to go on, to save, to stop."""
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from .distributed import is_distributed
+
+
+class NonFiniteLoss(Exception):
+    """Training diverged: the loss of an update is infinite or not a number. The weights are those before it."""
+
+
+class TooManyDamagedImages(Exception):
+    """More picture files than the user allows cannot be decoded."""
+
+
+class Agreement:
+    """Sums small counts over all processes, on the host: no device waits for it."""
+
+    def __init__(self, timeout=None):
+        options = {} if timeout is None else {"timeout": timeout}
+        self._group = dist.new_group(backend="gloo", **options) if is_distributed() else None
+
+    def total(self, *counts):
+        """The sums, as whole numbers."""
+        if self._group is None:
+            return list(counts)
+        counts = torch.tensor(counts, dtype=torch.int64)
+        dist.all_reduce(counts, group=self._group)
+        return counts.tolist()
+
+    def gather(self, value):
+        """Every process's `value`, a float, in the order of their ranks."""
+        if self._group is None:
+            return [value]
+        values = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
+        dist.all_gather(values, torch.tensor([value], dtype=torch.float64), group=self._group)
+        return [v.item() for v in values]
+
+
+class Signals:
+    """Takes SIGTERM and SIGINT as a wish to save and stop, SIGUSR1 as a wish to save, while it is entered.
+
+    A second SIGTERM or SIGINT ends the process at once.
+    """
+
+    def __init__(self):
+        self.stop = False
+        self.save = False
+
+    def _on_stop(self, number, frame):
+        if self.stop:
+            os._exit(128 + number)
+        self.stop = True
+        os.write(2, b"Stopping: the state is saved after this update; the same signal again stops at once\n")
+
+    def _on_save(self, number, frame):
+        self.save = True
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, handler) for number, handler in (
+            (signal.SIGTERM, self._on_stop), (signal.SIGINT, self._on_stop), (signal.SIGUSR1, self._on_save))}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Control:
+    """Decides for every process alike. The loop calls `before_update` with the loss, before it touches the weights, and
+    reads `save` and `stop` after the update.
+
+    save_every_steps, save_every_minutes: None for never. max_damaged: that many damaged files may turn up in the run.
+    skip_nonfinite: that many updates in a row may be left out because the loss is not finite.
+    """
+
+    def __init__(self, agreement, signals, save_every_steps=None, save_every_minutes=None, max_damaged=50,
+                 skip_nonfinite=0):
+        self._agreement = agreement
+        self._signals = signals
+        self._save_every_steps = save_every_steps
+        self._save_every_seconds = save_every_minutes and 60 * save_every_minutes
+        self._max_damaged = max_damaged
+        self._skip_nonfinite = skip_nonfinite
+        self._last_save = time.time()
+        self._updates = 0
+        self._known = set()
+        self.damaged = 0  # files, over all processes
+        self.nonfinite_in_a_row = 0
+        self.save = self.stop = False
+
+    def before_update(self, loss, damaged=()):
+        """Whether the update is to be made. damaged: (path, class, reason) of the files met since the last one.
+
+        Raises NonFiniteLoss or TooManyDamagedImages, on every process.
+        """
+        new = [entry for entry in damaged if entry[0] not in self._known]
+        for path, label, reason in new:
+            self._known.add(path)
+            print("Damaged image, another one takes its place: {} (class {}; {})".format(path, label, reason),
+                  file=sys.stderr, flush=True)
+        due = self._save_every_seconds is not None and time.time() - self._last_save >= self._save_every_seconds
+        nonfinite, stop, save, more = self._agreement.total(
+            int(not math.isfinite(loss)), int(self._signals.stop), int(self._signals.save or due), len(new))
+        self._updates += 1
+        self._signals.save = False
+        self.stop = stop > 0
+        self.save = save > 0 or self.stop or (
+            self._save_every_steps is not None and self._updates % self._save_every_steps == 0)
+        if self.save:
+            self._last_save = time.time()
+        self.damaged += more
+        if self.damaged > self._max_damaged:
+            raise TooManyDamagedImages("{} picture files cannot be decoded and --max-bad-images allows {}; they are named "
+                                       "above".format(self.damaged, self._max_damaged))
+        if not nonfinite:
+            self.nonfinite_in_a_row = 0
+            return True
+        self.nonfinite_in_a_row += 1
+        if self.nonfinite_in_a_row > self._skip_nonfinite:
+            raise NonFiniteLoss("the loss is {}".format(loss) if not math.isfinite(loss)
+                                else "the loss of another process is not finite")
+        return False

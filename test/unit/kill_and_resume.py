@@ -1,0 +1,128 @@
+"""For test_resume.py: python kill_and_resume.py FOLDER DATA PROCESSES KILLS SEED
+
+Trains once to the end; then trains the same again and again, killed (SIGKILL, every process) at KILLS random instants and
+resumed after each; prints as JSON how many kills hit a half-written checkpoint, and which values of the ends differ.
+"""
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+import main  # noqa: E402  (imported once; each life of a run is a fork of this process)
+import torch  # noqa: E402
+
+TIMES = ("seconds", "train_images_per_s", "test_images_per_s", "peak_memory_mb")
+
+
+def flags(data, out, processes):
+    return ["--device", "cpu", "--data_path", data, "--input-size", "64", "--model", "EvoLeViT_128S", "--drop-path", "0.1",
+            "--distillation-type", "none", "--batch-size", str(8 // processes), "--epochs", "3", "--stage-wise-epoch", "1",
+            "--num_workers", "1" if processes == 1 else "0", "--model-ema-decay", "0.9", "--lr", "0.01",
+            "--save-every-steps", "1", "--resume", "auto", "--output_dir", out, "--no-repeated-aug"]
+
+
+def start(arguments, processes, log):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    children = []
+    for rank in range(processes):
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            if processes > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                                  LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            code = 1
+            try:
+                torch.set_num_threads(1)
+                main.main(arguments)
+                code = 0
+            except SystemExit as stopped:
+                code = stopped.code or 0
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        children.append(pid)
+    return children
+
+
+def finish(children):
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    assert not any(codes), codes
+
+
+def kill(children):
+    """Whether any of the processes was still running."""
+    running = False
+    for child in children:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done == 0:
+            running = True
+            os.killpg(child, signal.SIGKILL)  # its data-loading workers as well
+            os.waitpid(child, 0)
+        else:
+            assert status == 0, status
+    return running
+
+
+def differences(a, b, path=""):
+    """Paths at which two nested values differ, tensors by every bit; times are passed over."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [path]
+    if isinstance(a, dict):
+        keys = [k for k in set(a) | set(b) if k not in TIMES + ("output_dir", "resume")]
+        return [d for k in keys for d in differences(a.get(k), b.get(k), "{}/{}".format(path, k))]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [path]
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, "{}/{}".format(path, i))]
+    return [] if a == b else [path]
+
+
+def ends(folder):
+    with open(os.path.join(folder, "log.txt")) as f:
+        log = [json.loads(line) for line in f]
+    return [torch.load(os.path.join(folder, name), map_location="cpu") for name in
+            ("checkpoint.pth", "best_checkpoint.pth")] + [log]
+
+
+def run(folder, data, processes, kills, seed):
+    draw = random.Random(seed)
+    whole, log = os.path.join(folder, "whole"), os.path.join(folder, "log")
+    began = time.time()
+    finish(start(flags(data, whole, processes), processes, log))
+    duration = time.time() - began
+    killed = partial = runs = 0
+    outs = []
+    while killed < kills:
+        out = os.path.join(folder, "killed-{}".format(runs))
+        runs += 1
+        outs.append(out)
+        while True:
+            children = start(flags(data, out, processes), processes, log)
+            if killed == kills:
+                finish(children)
+                break
+            time.sleep(draw.uniform(0.0, 0.6 * duration))
+            if not kill(children):
+                break
+            killed += 1
+            partial += any(name.endswith(".partial") or name == "checkpoint.next.pth"
+                           for name in (os.listdir(out) if os.path.isdir(out) else []))
+    expected = ends(whole)
+    different = [d for out in outs for d in differences(ends(out), expected, out)]
+    print(json.dumps({"killed": killed, "inside_a_write": partial, "runs": runs, "different": different[:20],
+                      "epochs": len(expected[2]), "seconds": time.time() - began}))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5]))
