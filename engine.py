@@ -138,7 +138,7 @@ def evaluate(data_loader, model, device, sharded=False, show=True, precision=Pre
     loss = correct1 = correct5 = images = damaged = 0
     progress = Progress(data_loader, len(data_loader), "Test:", show)
     for samples, targets, _, batch_damaged in progress:
-        for path, label, reason in batch_damaged:
+        for _, path, label, reason in batch_damaged:
             if show or sharded:
                 print("Damaged image, counted as wrong: {} (class {}; {})".format(path, label, reason), file=sys.stderr,
                       flush=True)

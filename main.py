@@ -23,7 +23,7 @@ from fix_timm.mixup import Mixup
 from runtime import device as devices
 from runtime import distributed
 from runtime.checkpoint import (SaveFailed, adapt_for_finetuning, export_weights, load_checkpoint, load_newest,
-                                load_weights, model_state)
+                                load_weights, model_state, saved_settings)
 from runtime.control import Agreement, Control, NonFiniteLoss, Signals, TooManyDamagedImages
 from runtime.ema import ModelEma
 from runtime.errors import UserError
@@ -182,10 +182,8 @@ def parse_args(argv=None):
     return args, set(vars(parser.parse_args(argv)))
 
 
-def take_from_checkpoint(args, given, checkpoint):
-    """For --eval: what the command line leaves open comes from the arguments that the checkpoint was trained with."""
-    saved = checkpoint.get("args") or {}
-    saved = saved if isinstance(saved, dict) else vars(saved)
+def take_from_checkpoint(args, given, saved):
+    """For --eval: what the command line leaves open is as in the run that wrote the checkpoint (saved_settings)."""
     for name in ("model", "input_size", "data_set", "data_path", "inat_category", "prune_warmup_epoch",
                  "stage_wise_epoch"):
         if name not in given and name in saved:
@@ -250,7 +248,7 @@ def describe_training(args, global_batch, world, images, updates, lr, say):
                 args.model, published, PUBLISHED_EPOCHS, global_batch, args.epochs))
 
 
-def evaluate_checkpoint(args, checkpoint, device, precision, world, say):
+def evaluate_checkpoint(args, checkpoint, epoch, device, precision, world, say):
     """`--eval`: prints top-1, top-5, loss and images/s of the checkpoint, and returns the model."""
     key = "model_ema" if args.eval_ema else "model"
     state = model_state(checkpoint, args.resume, "--resume", key)
@@ -261,9 +259,8 @@ def evaluate_checkpoint(args, checkpoint, device, precision, world, say):
     load_weights(model, state, args.model, args.resume, "--resume")
     describe(model, args, device, precision, world, say)
     mode = "as built"
-    if "epoch" in checkpoint:
-        epoch = max(checkpoint["epoch"], 0)  # -1 before the first is finished
-        mode = apply_token_schedule(model, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
+    if epoch is not None:
+        mode = apply_token_schedule(model, max(epoch, 0), args.prune_warmup_epoch, args.stage_wise_epoch)
     model, _ = precision.prepare(model.to(device))
     stats = evaluate(loader, model, device, sharded, show=world.is_main, precision=precision)
     say("Evaluated {} ({}, {}) on {} images of {}".format(
@@ -443,8 +440,9 @@ def run(args, given):
     distributed.init_processes(world, device, args.dist_url, timedelta(minutes=args.dist_timeout))
     try:
         if args.eval:
-            take_from_checkpoint(args, given, checkpoint)
-            return evaluate_checkpoint(args, checkpoint, device, precision, world, say)
+            saved = saved_settings(checkpoint, args.resume, "--resume")
+            take_from_checkpoint(args, given, saved)
+            return evaluate_checkpoint(args, checkpoint, saved.get("epoch"), device, precision, world, say)
         return train(args, given, checkpoint, device, precision, world, say)
     finally:
         distributed.close_processes()

@@ -156,7 +156,8 @@ def load_tensors(path):
     allowed = _safe_globals()
     if hasattr(torch.serialization, "safe_globals"):
         named = [(obj, "{}.{}".format(*name)) for name, obj in allowed.items()]
-        with torch.serialization.safe_globals(named):
+        with torch.serialization.safe_globals(named), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is odd about a file; what cannot be read raises
             return torch.load(path, map_location="cpu", weights_only=True)
 
     import pickle

@@ -1,4 +1,5 @@
 """Checkpoint files: written whole or not at all, checked before use, and read without running code from them."""
+import argparse
 import hashlib
 import json
 import os
@@ -168,6 +169,25 @@ def model_state(checkpoint, path, what, key="model"):
             isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
         raise UserError("{}: {} holds no weights under '{}'".format(what, path, key))
     return {name[7:] if name.startswith("module.") else name: value for name, value in state.items()}
+
+
+_SAVED_TYPES = {"model": str, "input_size": int, "data_set": str, "data_path": str, "inat_category": str,
+                "prune_warmup_epoch": int, "stage_wise_epoch": int, "global_batch": int, "processes": int}
+
+
+def saved_settings(checkpoint, path, what):
+    """{name: value} of the arguments a checkpoint was trained with that another run may ask for, and "epoch", the last
+    finished one. A missing one is left out. Raises UserError for a value of the wrong kind."""
+    args = checkpoint.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    saved = {name: args.get(name) for name in _SAVED_TYPES} if isinstance(args, dict) else {}
+    saved["epoch"] = checkpoint.get("epoch")
+    saved = {name: value for name, value in saved.items() if value is not None}
+    for name, value in saved.items():
+        if not isinstance(value, _SAVED_TYPES.get(name, int)):
+            raise UserError("{}: {} says {!r} for '{}', which is no {}; it is damaged or another kind of file".format(
+                what, path, value, name, _SAVED_TYPES.get(name, int).__name__))
+    return saved
 
 
 def load_weights(model, state, name, path, what):

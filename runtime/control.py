@@ -42,6 +42,16 @@ class Agreement:
         dist.all_gather(values, torch.tensor([value], dtype=torch.float64), group=self._group)
         return [v.item() for v in values]
 
+    def union(self, numbers):
+        """The set of all processes' whole `numbers`."""
+        if self._group is None:
+            return set(numbers)
+        longest = int(max(self.gather(len(numbers))))
+        own = torch.tensor(list(numbers) + [-1] * (longest - len(numbers)), dtype=torch.int64)
+        lists = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(lists, own, group=self._group)
+        return {number for numbers in lists for number in numbers.tolist()} - {-1}
+
 
 class Signals:
     """Takes SIGTERM and SIGINT as a wish to save and stop, SIGUSR1 as a wish to save, while it is entered.
@@ -90,19 +100,22 @@ class Control:
         self._skip_nonfinite = skip_nonfinite
         self._last_save = time.time()
         self._updates = 0
-        self._known = set()
-        self.damaged = 0  # files, over all processes
+        self._known = set()  # indices of damaged files, of all processes
         self.nonfinite_in_a_row = 0
         self.save = self.stop = False
 
+    @property
+    def damaged(self):
+        """How many damaged files all processes have met."""
+        return len(self._known)
+
     def before_update(self, loss, damaged=()):
-        """Whether the update is to be made. damaged: (path, class, reason) of the files met since the last one.
+        """Whether the update is to be made. damaged: (index, path, class, reason) of the files met since the last one.
 
         Raises NonFiniteLoss or TooManyDamagedImages, on every process.
         """
-        new = [entry for entry in damaged if entry[0] not in self._known]
-        for path, label, reason in new:
-            self._known.add(path)
+        new = {index: rest for index, *rest in damaged if index not in self._known}
+        for path, label, reason in new.values():
             print("Damaged image, another one takes its place: {} (class {}; {})".format(path, label, reason),
                   file=sys.stderr, flush=True)
         due = self._save_every_seconds is not None and time.time() - self._last_save >= self._save_every_seconds
@@ -115,7 +128,8 @@ class Control:
             self._save_every_steps is not None and self._updates % self._save_every_steps == 0)
         if self.save:
             self._last_save = time.time()
-        self.damaged += more
+        if more:
+            self._known |= self._agreement.union(new)
         if self.damaged > self._max_damaged:
             raise TooManyDamagedImages("{} picture files cannot be decoded and --max-bad-images allows {}; they are named "
                                        "above".format(self.damaged, self._max_damaged))

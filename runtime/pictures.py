@@ -36,7 +36,8 @@ def load_picture(path):
                     picture = Image.fromarray(grey)
                 return picture.convert("RGB")
     except Exception as error:  # a damaged file can raise anything in a decoder
-        raise DamagedImage(path, "{}: {}".format(type(error).__name__, str(error).split("\n")[0][:120]))
+        reason = str(error).split("\n")[0].split(" <")[0]  # without Pillow's name for the open file
+        raise DamagedImage(path, "{}: {}".format(type(error).__name__, reason[:120]))
 
 
 class _Named:
@@ -50,13 +51,13 @@ class _Named:
     def _report(self, index, damaged):
         label = self.dataset.samples[index][1]
         classes = getattr(self.dataset, "classes", None)
-        return (damaged.path, str(classes[label] if classes else label), damaged.reason)
+        return (index, damaged.path, str(classes[label] if classes else label), damaged.reason)
 
 
 class TrainingView(Dataset, _Named):
     """Takes (index, seed): the image is augmented from `seed`. In a damaged image's place comes the next good one.
 
-    Items are (image, label, index, [(path, class, reason) of each damaged file on the way]).
+    Items are (image, label, index, [(index, path, class, reason) of each damaged file on the way]).
     """
 
     def __init__(self, dataset):
@@ -76,7 +77,7 @@ class TrainingView(Dataset, _Named):
                 return image, label, number, damaged
             except DamagedImage as error:
                 damaged.append(self._report(number, error))
-        raise DamagedImage(damaged[0][0], "and no other picture of the data set can be read either")
+        raise DamagedImage(damaged[0][1], "and no other picture of the data set can be read either")
 
 
 class EvaluationView(Dataset, _Named):

@@ -2,7 +2,7 @@
 import json
 import os
 
-from .checkpoint import BEST, load_weights, model_state, save_checkpoint, save_newest
+from .checkpoint import BEST, load_weights, model_state, save_checkpoint, save_newest, saved_settings
 from .errors import UserError
 
 
@@ -90,8 +90,7 @@ class TrainingState:
         if self.epoch >= args.epochs:
             raise UserError("{}: {} has finished epoch {} of {} already; raise --epochs to go on, or use --eval"
                             .format(what, path, self.epoch, args.epochs))
-        saved = checkpoint.get("args") or {}
-        saved = saved if isinstance(saved, dict) else vars(saved)
+        saved = saved_settings(checkpoint, path, what)
         if saved.get("global_batch", global_batch) != global_batch:
             say("Note: the checkpoint's global batch was {}, this run's is {}: the order of the images is kept, but the "
                 "numbers will differ".format(saved["global_batch"], global_batch))

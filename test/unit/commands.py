@@ -10,13 +10,13 @@ MAIN = os.path.join(ROOT, "main.py")
 SMALL = ["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--batch-size", "32"]
 
 
-def run(command, cwd=ROOT, env=()):
+def run(command, cwd=ROOT, env=(), timeout=500):
     """(exit code, standard output, standard error) of a command, without a launcher's variables and what importing
     evo_vit set in its environment, with those of `env`."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCH_DEVICE_BACKEND_AUTOLOAD")
     base = {k: v for k, v in os.environ.items() if k not in ours}
     result = subprocess.run([str(word) for word in command], cwd=str(cwd), env=dict(base, **dict(env)), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, universal_newlines=True, timeout=500)
+                            stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout)
     return result.returncode, result.stdout, result.stderr
 
 

@@ -1,0 +1,55 @@
+"""For test_files.py: python evaluate_shared.py PROCESSES prints [result of one process, result shared by so many]."""
+import json
+import os
+import socket
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+import evo_vit  # noqa: E402,F401
+import torch  # noqa: E402
+
+from datasets import ShardSampler  # noqa: E402
+from engine import evaluate  # noqa: E402
+from reference import build  # noqa: E402
+from runtime.distributed import World, close_processes, init_processes  # noqa: E402
+from runtime.pictures import EvaluationView, collate  # noqa: E402
+
+
+def result(rank, size):
+    torch.set_num_threads(1)
+    world = World(rank, size, rank, size)
+    init_processes(world, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    data = torch.utils.data.TensorDataset(torch.randn(61, 3, 64, 64, generator=generator),
+                                          torch.randint(0, 10, (61,), generator=generator))
+    view = EvaluationView(data, (3, 64, 64))
+    sampler = ShardSampler(view, rank, size) if size > 1 else None
+    loader = torch.utils.data.DataLoader(view, batch_size=7, sampler=sampler, collate_fn=collate)
+    model = build("EvoLeViT_128S", num_classes=10, img_size=64).float()
+    stats = evaluate(loader, model, torch.device("cpu"), size > 1, show=False)
+    close_processes()
+    return stats
+
+
+def main(processes):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+    children = []
+    for rank in range(1, processes):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                result(rank, processes)
+            finally:
+                os._exit(0)
+        children.append(pid)
+    together = result(0, processes)
+    for child in children:
+        os.waitpid(child, 0)
+    print(json.dumps([result(0, 1), together]))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,289 @@
+"""Files from strangers: checkpoints that are damaged or hostile, pictures that cannot be decoded, weights from elsewhere."""
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import commands
+import main
+from evo_vit import compat, evo_levit
+from runtime import checkpoint as checkpoints
+from runtime.models import build_model
+
+TINY = "EvoLeViT_tiny"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_model():
+    """A model whose checkpoint is small, so that hundreds of them can be read."""
+    evo_levit._register(TINY, dict(embed_dim=(16, 32, 48), key_dim=16, num_heads=(1, 2, 3), depth=(2, 1, 1)), 64)
+    return build_model(TINY, 10, 64, distillation=True)
+
+
+@pytest.fixture(scope="module")
+def few_digits(tmp_path_factory):
+    return commands.write_digits(tmp_path_factory.mktemp("few"), classes=10, train=2, val=1)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory, tiny_model, few_digits):
+    path = str(tmp_path_factory.mktemp("good") / "checkpoint.pth")
+    checkpoints.save_checkpoint({"model": tiny_model.state_dict(), "model_ema": None, "epoch": 3, "progress": None, "args": {
+        "model": TINY, "input_size": 64, "data_set": "IMNET", "data_path": few_digits}}, path)
+    return path
+
+
+class Hostile:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, ("touch {}".format(self.path),))
+
+
+def mutations(content, draw, trap):
+    """Endless (kind, content) of files that are not the good one."""
+    state = torch.load(io.BytesIO(content), map_location="cpu")
+    while True:
+        kind = draw.choice(["truncated", "flipped", "swapped", "shape", "type", "hostile pickle", "hostile zip", "noise",
+                            "missing"])
+        changed = dict(state, model=dict(state["model"]))
+        names = list(changed["model"])
+        name, other = draw.sample(names, 2)
+        if kind == "truncated":
+            yield kind, content[:draw.randrange(len(content))]
+        elif kind == "flipped":
+            flipped = bytearray(content)
+            flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            yield kind, bytes(flipped)
+        elif kind == "hostile pickle":
+            yield kind, pickle.dumps({"model": Hostile(trap)}, protocol=draw.choice([2, 3, 4]))
+        elif kind == "hostile zip":
+            out = io.BytesIO()
+            with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as target:
+                for item in source.namelist():
+                    target.writestr(item, pickle.dumps(Hostile(trap), protocol=2) if item.endswith("data.pkl")
+                                    else source.read(item))
+            yield kind, out.getvalue()
+        elif kind == "noise":
+            yield kind, bytes(draw.randrange(256) for _ in range(draw.randrange(2000)))
+        else:
+            if kind == "swapped":
+                changed["model"][name], changed["model"][other] = changed["model"][other], changed["model"][name]
+                if changed["model"][name].shape == changed["model"][other].shape:
+                    continue
+            elif kind == "shape":
+                changed["model"][name] = torch.zeros(3, 1, 2)
+            elif kind == "missing":
+                for key in [key for key in names if key.split("blocks.")[-1] == name.split("blocks.")[-1]]:
+                    del changed["model"][key]
+                changed["model"]["unknown"] = torch.zeros(1)
+            else:
+                changed[draw.choice(["model", "args", "epoch"])] = draw.choice([7, "text", None, [1, 2], {"a": 1}])
+            out = io.BytesIO()
+            compat.save(changed, out)
+            yield kind, out.getvalue()
+
+
+def test_no_mutated_checkpoint_crashes_or_runs_code(good, few_digits, tmp_path, capsys):
+    """Each of 500 ends in one sentence and exit code 2, or, where a flipped bit hit nothing that is read, evaluates."""
+    with open(good, "rb") as f:
+        content = f.read()
+    trap, path = tmp_path / "executed", tmp_path / "mutated.pth"
+    kinds, read = {}, 0
+    made = mutations(content, random.Random(1), trap)
+    for _ in range(500):
+        kind, mutated = next(made)
+        kinds[kind] = kinds.get(kind, 0) + 1
+        path.write_bytes(mutated)
+        try:
+            main.main(["--eval", "--device", "cpu", "--num_workers", "0", "--batch-size", "10", "--resume", str(path)])
+            assert kind in ("flipped", "type"), kind
+            read += 1
+            capsys.readouterr()
+        except SystemExit as stopped:
+            err = capsys.readouterr().err
+            assert stopped.code == 2 and err.startswith("error: ") and err.count("\n") == 1, (kind, err)
+        assert not trap.exists(), kind
+    print(kinds, read)
+    assert min(kinds.values()) > 20 and read < 60
+
+
+def test_a_flipped_bit_in_a_tensor_is_found(good, tmp_path):
+    with open(good, "rb") as f:
+        content = bytearray(f.read())
+    with zipfile.ZipFile(good) as archive:
+        item = max(archive.infolist(), key=lambda item: item.file_size)
+    content[item.header_offset + 200 + item.file_size // 2] ^= 1
+    (tmp_path / "flipped.pth").write_bytes(bytes(content))
+    with pytest.raises(checkpoints.UserError, match="damaged"):
+        checkpoints.load_checkpoint(str(tmp_path / "flipped.pth"), "--resume")
+
+
+def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path):
+    """A disk that fills up, by a limit on the size of the process's files."""
+    script = ("import evo_vit, resource, signal, sys, torch; from runtime.checkpoint import SaveFailed, save_newest\n"
+              "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+              "for number in (1, 2): save_newest({'n': number, 'x': torch.zeros(100000)}, sys.argv[1])\n"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
+              "try: save_newest({'n': 3, 'x': torch.zeros(100000)}, sys.argv[1])\n"
+              "except SaveFailed as error: print(str(error).count(chr(10)), error)\n")
+    code, out, err = commands.run([sys.executable, "-c", script, tmp_path])
+    assert code == 0 and out.startswith("0 ") and "could not be written" in out, out + err
+    assert sorted(os.listdir(str(tmp_path))) == ["checkpoint.previous.pth", "checkpoint.pth"]
+    assert [torch.load(str(tmp_path / name))["n"] for name in ("checkpoint.previous.pth", "checkpoint.pth")] == [1, 2]
+
+
+def test_an_output_folder_that_cannot_be_used_is_found_before_training(few_digits, tmp_path, monkeypatch, capsys):
+    import collections
+    from runtime import output
+    (tmp_path / "file").write_text("")
+    flags = ["--device", "cpu", "--num_workers", "0", "--batch-size", "10", "--model", TINY, "--distillation-type", "none",
+             "--data_path", few_digits, "--input-size", "64", "--output_dir"]
+    usage = collections.namedtuple("usage", "total used free")
+    for folder, sentence in ((tmp_path / "file" / "save", "cannot be written"), (tmp_path / "full", "MiB left and a run needs")):
+        if "full" in str(folder):
+            monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage(10, 10, 0))
+        with pytest.raises(SystemExit) as stopped:
+            main.main(flags + [str(folder)])
+        err = capsys.readouterr().err
+        assert stopped.value.code == 2 and err.count("\n") == 1 and sentence in err
+
+
+def test_weights_travel_as_safetensors_and_by_url(student, digit_folder, tmp_path):
+    source = os.path.join(student[0], "checkpoint.pth")
+    exported = tmp_path / "weights.safetensors"
+    first = commands.succeed("--eval", "--resume", source, "--export-weights", exported, small=["--device", "cpu"])
+    again = commands.succeed("--eval", "--resume", exported, "--data-path", digit_folder, small=["--device", "cpu"])
+    line = [text for text in first.splitlines() if text.startswith("Acc@1")][0].split("  images/s")[0]
+    assert line in again
+    tuned = commands.succeed("--finetune", exported, "--model", "EvoLeViT_128S", "--distillation-type", "none", "--epochs", 1,
+                             "--max-steps", 1, "--data-path", digit_folder, "--output_dir", tmp_path / "out")
+    assert "Finetuning from" in tuned
+
+    served = tmp_path / "served"
+    served.mkdir()
+    with open(source, "rb") as f:
+        content = f.read()
+    import hashlib
+    right = "student-{}.pth".format(hashlib.sha256(content).hexdigest()[:8])
+    for name in (right, "student-00000000.pth"):
+        (served / name).write_bytes(content)
+    env = {"TORCH_HOME": str(tmp_path / "cache")}
+    code, out, err = commands.run([sys.executable, commands.MAIN, "--eval", "--device", "cpu", "--resume",
+                                   "file://{}".format(served / right)], env=env)
+    assert code == 0 and line in out, err
+    assert os.listdir(str(tmp_path / "cache" / "hub" / "checkpoints")) == [right]
+    for name, sentence in (("student-00000000.pth", "its SHA-256 starts with"), ("nothing.pth", "cannot be fetched")):
+        code, out, err = commands.run([sys.executable, commands.MAIN, "--eval", "--device", "cpu", "--resume",
+                                       "file://{}".format(served / name)], env=env)
+        assert (code, out) == (2, "") and err.count("\n") == 1 and sentence in err
+
+
+def test_a_safetensors_teacher_gives_the_teachers_logits(teacher, tmp_path):
+    from safetensors.torch import save_file
+    from runtime.teacher import build_teacher
+    state = checkpoints.load_checkpoint(teacher, "--teacher-path")["model"]
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(tmp_path / "teacher.safetensors"))
+    one, other = (build_teacher("regnety_002", path, 10, torch.device("cpu"))
+                  for path in (teacher, str(tmp_path / "teacher.safetensors")))
+    with torch.no_grad():
+        assert torch.equal(one(torch.ones(1, 3, 64, 64)), other(torch.ones(1, 3, 64, 64)))
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+def picture_bytes(mode="RGB", size=(48, 48), format="PNG", **options):
+    out = io.BytesIO()
+    pixels = np.random.RandomState(0).randint(0, 256, size[::-1] + (4,)).astype(np.uint8)
+    picture = Image.fromarray(pixels[..., :3])
+    if mode == "I;16":
+        picture = Image.fromarray((pixels[..., 0].astype(np.uint16) << 8) + 255)
+    elif mode != "RGB":
+        picture = picture.convert(mode)
+    picture.save(out, format, **options)
+    return out.getvalue()
+
+
+def unreadable(draw):
+    """Endless (name, content) of picture files that cannot be decoded."""
+    png, jpeg, bomb = picture_bytes(), picture_bytes(format="JPEG"), picture_bytes("1", (14000, 14000))
+    number = 0
+    while True:
+        number += 1
+        kinds = [(".png", b""), (".jpg", b"not a picture"), (".png", png[:draw.randrange(20, len(png) // 2)]),
+                 (".jpg", jpeg[:draw.randrange(10, len(jpeg) // 2)]), (".jpg", b"\xff\xd8\xff" + bytes(50)),
+                 (".png", png[:40] + bytes(100) + png[140:]), (".png", bomb), (".bmp", b"BM" + bytes(20))]
+        ending, content = kinds[number % len(kinds)]
+        yield "bad{}{}".format(number, ending), content
+
+
+def test_every_kind_of_readable_picture_becomes_rgb(tmp_path):
+    from runtime.pictures import load_picture
+    cases = [("L", {}), ("P", {}), ("RGBA", {}), ("LA", {}), ("1", {}), ("I;16", {}), ("CMYK", dict(format="JPEG")),
+             ("RGB", dict(format="JPEG")), ("RGB", dict(size=(1, 1))), ("RGB", dict(size=(3, 4000))),
+             ("RGB", dict(format="BMP")), ("RGB", dict(format="TIFF")), ("RGB", dict(format="WEBP"))]
+    for number, (mode, options) in enumerate(cases):
+        path = str(tmp_path / str(number))
+        with open(path, "wb") as f:
+            f.write(picture_bytes(mode, **options))
+        picture = load_picture(path)
+        assert picture.mode == "RGB" and picture.size == options.get("size", (48, 48)), (mode, options)
+    grey = np.asarray(load_picture(str(tmp_path / "5")))
+    assert 100 < grey.mean() < 155 and grey.std() > 50  # a 16-bit picture keeps its greys
+
+
+def test_a_hundred_bad_pictures_are_named_and_nothing_stops(few_digits, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(few_digits, str(root))
+    bad = {"train": [], "val": []}
+    made = unreadable(random.Random(2))
+    for number in range(100):
+        part = "train" if number % 2 else "val"
+        name, content = next(made)
+        path = root / part / "digit{}".format(number // 2 % 10) / name
+        path.write_bytes(content)
+        bad[part].append(str(path))
+    flags = ["--device", "cpu", "--input-size", "64", "--batch-size", "10", "--num_workers", "1", "--model", "EvoLeViT_128S",
+             "--distillation-type", "none", "--no-repeated-aug", "--data_path", root, "--epochs", 2]
+    code, out, err = commands.run([sys.executable, commands.MAIN] + flags + ["--output_dir", tmp_path / "out"])
+    assert code == 0, out + err
+    for path in bad["train"]:
+        assert err.count("Damaged image, another one takes its place: {} (class digit".format(path)) == 1, path
+    for path in bad["val"]:
+        assert err.count("Damaged image, counted as wrong: {} (class digit".format(path)) == 2, path
+    with open(str(tmp_path / "out" / "log.txt")) as f:
+        last = json.loads(f.read().splitlines()[-1])
+    assert (last["test_images"], last["test_damaged"], last["damaged_images"]) == (60, 50, 50)
+    assert last["test_acc5"] <= 100 * 10 / 60
+    code, out, err = commands.run([sys.executable, commands.MAIN, "--eval", "--device", "cpu", "--resume",
+                                   tmp_path / "out" / "checkpoint.pth"])
+    assert code == 0 and "50 damaged images, named above, count as wrong" in out
+    code, out, err = commands.run([sys.executable, commands.MAIN] + flags + ["--output_dir", tmp_path / "few", "--max-bad-images", 5])
+    assert code == 1 and err.splitlines()[-1].startswith("error: training stopped: ") and "--max-bad-images allows 5" in err
+    assert "Traceback" not in err
+
+
+# --------------------------------------------------------------------------------------------- evaluation over ranks
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_evaluation_over_processes_counts_as_one_process_does(processes, tmp_path):
+    """61 images, which no such number divides."""
+    script = os.path.join(os.path.dirname(__file__), "evaluate_shared.py")
+    code, out, err = commands.run([sys.executable, script, processes], env={"OMP_NUM_THREADS": "1"})
+    assert code == 0, out + err
+    alone, together = json.loads(out)
+    for name in ("acc1", "acc5", "images"):
+        assert together[name] == alone[name]
+    assert abs(together["loss"] / alone["loss"] - 1) < 1e-6 and alone["images"] == 61
