@@ -1,7 +1,6 @@
 """Trains, distils and evaluates Evo-LeViT: the whole recipe, top to bottom. `python main.py --help` lists the flags."""
 import argparse
 import os
-import statistics
 import sys
 import time
 from datetime import timedelta
@@ -30,7 +29,7 @@ from runtime.errors import UserError
 from runtime.macs import count_macs
 from runtime.models import apply_token_schedule, build_model, check_model_name, default_input_size
 from runtime.optimizer import build_optimizer
-from runtime.output import prepare_output_dir, write_report, write_summary
+from runtime.output import prepare_output_dir, summarize, write_report, write_summary
 from runtime.pictures import DamagedImage, EvaluationView, TrainingView, collate
 from runtime.precision import build_precision, parse_loss_scale
 from runtime.randomness import seed_everything
@@ -280,8 +279,23 @@ def save_export(model, args, say):
     say("The weights now lie in {}".format(args.export_weights))
 
 
-def train(args, given, checkpoint, device, precision, world, say):
-    """The recipe itself; returns the trained model."""
+def build_criterion(args, mixup_active, num_classes, teacher):
+    """(the distillation loss over the base criterion that suits the labels, Mixup or None)."""
+    mixup_fn = None
+    if mixup_active:
+        mixup_fn = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
+                         args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)
+        base = SoftTargetCrossEntropy()
+    elif args.smoothing:
+        base = LabelSmoothingCrossEntropy(smoothing=args.smoothing)
+    else:
+        base = torch.nn.CrossEntropyLoss()
+    return losses.DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha,
+                                   args.distillation_tau), mixup_fn
+
+
+def train(args, given, checkpoint, path, device, precision, world, say):
+    """The recipe itself, going on from `checkpoint`, read from `path`, if there is one; returns the trained model."""
     mixup_active = check_recipe(args)
     check_model_name(args.model)
     args.input_size = args.input_size or default_input_size(args.model)
@@ -328,23 +342,12 @@ def train(args, given, checkpoint, device, precision, world, say):
     global_batch = args.batch_size * world.size * args.accum_steps
     describe_training(args, global_batch, world, len(dataset), sampler.updates, scaled_lr, say)
 
-    mixup_fn = None
-    if mixup_active:
-        mixup_fn = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
-                         args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)
-        criterion = SoftTargetCrossEntropy()
-    elif args.smoothing:
-        criterion = LabelSmoothingCrossEntropy(smoothing=args.smoothing)
-    else:
-        criterion = torch.nn.CrossEntropyLoss()
-    criterion = losses.DistillationLoss(criterion, teacher, args.distillation_type, args.distillation_alpha,
-                                        args.distillation_tau)
-
+    criterion, mixup_fn = build_criterion(args, mixup_active, num_classes, teacher)
     args.processes, args.global_batch = world.size, global_batch
     state = TrainingState(model, model_ema, optimizer, lr_scheduler, precision, args)
     if checkpoint is not None:
-        state.restore(checkpoint, args.resume, "start_epoch" in given, global_batch, say)
-    if args.start_epoch and state.epoch == args.start_epoch and not state.log and args.sched != "plateau":
+        state.restore(checkpoint, path, "start_epoch" in given, global_batch, say)
+    elif args.start_epoch and args.sched != "plateau":
         lr_scheduler.step(args.start_epoch - 1)
 
     if world.is_main:
@@ -400,13 +403,10 @@ def train(args, given, checkpoint, device, precision, world, say):
             if agreement.total(int(signals.stop))[0] and state.epoch < args.epochs:
                 raise Stopped
     if world.is_main:
-        speeds = [entry["train_images_per_s"] for entry in state.log if entry["train_images_per_s"] > 0]
-        speed = statistics.median(speeds) if speeds else 0.0
-        write_summary(args.output_dir, {
-            "model": args.model, "device": device.type, "processes": world.size, "batch_size": args.batch_size,
-            "global_batch": global_batch, "precision": precision.name, "epochs": len(state.log), "updates": updates,
-            "images_per_s": speed, "step_ms": 1000 * global_batch / speed if speed else 0.0, "train_loss": state.log[-1]["train_loss"],
-            "test_acc1": state.log[-1]["test_acc1"], "best_acc1": state.max_accuracy, "seconds": time.time() - start})
+        write_summary(args.output_dir, dict(summarize(state.log, global_batch), model=args.model, device=device.type,
+                                            processes=world.size, batch_size=args.batch_size, updates=updates,
+                                            precision=precision.name, best_acc1=state.max_accuracy,
+                                            seconds=time.time() - start))
         if args.export_weights:
             save_export(model, args, say)
     say("Training time {}; {} holds the weights of the last epoch and of the best".format(
@@ -422,14 +422,14 @@ def run(args, given):
         if world.is_main:
             print(text, flush=True)
 
-    checkpoint = None
+    checkpoint, path = None, args.resume
     if args.eval and not args.resume:
         args.resume = os.path.join(args.output_dir, "best_checkpoint.pth")
         if not os.path.isfile(args.resume):
             raise UserError("--eval: there is no {}; train first, or name a checkpoint with --resume FILE"
                             .format(args.resume))
     if args.resume == "auto" and not args.eval:
-        checkpoint, args.resume = load_newest(args.output_dir, say)
+        checkpoint, path = load_newest(args.output_dir, say)
         if checkpoint is None:
             say("--resume auto: {} holds no checkpoint yet, so training starts".format(args.output_dir))
     elif args.resume:
@@ -443,7 +443,7 @@ def run(args, given):
             saved = saved_settings(checkpoint, args.resume, "--resume")
             take_from_checkpoint(args, given, saved)
             return evaluate_checkpoint(args, checkpoint, saved.get("epoch"), device, precision, world, say)
-        return train(args, given, checkpoint, device, precision, world, say)
+        return train(args, given, checkpoint, path, device, precision, world, say)
     finally:
         distributed.close_processes()
 

@@ -252,3 +252,16 @@ def hub_dir():
         return torch.hub.get_dir()
     home = os.environ.get("TORCH_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch"))
     return os.path.join(os.path.expanduser(home), "hub")
+
+
+# --- torch 1.5 lacks a device that safetensors' functions for PyTorch name; those for NumPy, on the other hand, know no bf16.
+def load_safetensors(path):
+    """({name: tensor}, {metadata}) of a safetensors file; raises ImportError where that package is not installed."""
+    from safetensors import safe_open
+    try:
+        torch.device("meta")
+        framework, convert = "pt", lambda tensor: tensor
+    except RuntimeError:
+        framework, convert = "np", torch.from_numpy
+    with safe_open(path, framework) as f:
+        return {name: convert(f.get_tensor(name)) for name in f.keys()}, f.metadata() or {}

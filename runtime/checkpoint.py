@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import zipfile
 
 import torch
@@ -37,10 +38,11 @@ def _write_whole(path, write):
         finally:
             os.close(folder)
     except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError of its zip writer
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free >> 20
         if os.path.exists(partial):
             os.remove(partial)
-        raise SaveFailed("{} could not be written ({}); the checkpoints before it are whole".format(
-            path, str(error).strip().split("\n")[0][:160]))
+        raise SaveFailed("{} could not be written, with {:,} MiB left on its disk ({}); the checkpoints before it are whole"
+                         .format(path, free, str(error).strip().split("\n")[0][:160]))
 
 
 def save_checkpoint(checkpoint, path):
@@ -62,12 +64,12 @@ def save_newest(checkpoint, folder):
 
 def export_weights(model, path, metadata):
     """Writes the weights as safetensors, each tensor once under its first name; `metadata` goes along as JSON."""
-    from safetensors.torch import save
+    from safetensors.numpy import save
     tensors, seen = {}, set()
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() not in seen or tensor.numel() == 0:
             seen.add(tensor.data_ptr())
-            tensors[name] = tensor.detach().cpu().contiguous()
+            tensors[name] = tensor.detach().cpu().contiguous().numpy()
     content = save(tensors, metadata={"evo_levit": json.dumps(metadata)})
     _write_whole(path, lambda f: f.write(content))
 
@@ -102,14 +104,8 @@ def fetch(url, what):
 
 
 def _read_safetensors(path):
-    try:
-        import safetensors
-        from safetensors.torch import load_file
-    except ImportError:
-        raise UserError("{} is a safetensors file; pip install safetensors".format(path))
-    with safetensors.safe_open(path, "pt") as f:
-        saved = json.loads((f.metadata() or {}).get("evo_levit", "{}"))
-    return dict(saved, model=load_file(path))
+    tensors, metadata = compat.load_safetensors(path)
+    return dict(json.loads(metadata.get("evo_levit", "{}")), model=tensors)
 
 
 def load_checkpoint(path, what):
@@ -133,8 +129,9 @@ def load_checkpoint(path, what):
                 if damaged:
                     raise ValueError("checksum of {} is wrong".format(damaged))
             checkpoint = compat.load_tensors(path)
-    except UserError:
-        raise
+    except ImportError:
+        raise UserError("{}: {} is a safetensors file, and safetensors is not installed; pip install safetensors".format(
+            what, path))
     except Exception as error:  # a damaged file can raise anything
         raise UserError("{}: {} cannot be read as a checkpoint, it is damaged or another kind of file ({})"
                         .format(what, path, " ".join(str(error).split())[:160] or type(error).__name__))

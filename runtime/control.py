@@ -56,25 +56,33 @@ class Agreement:
 class Signals:
     """Takes SIGTERM and SIGINT as a wish to save and stop, SIGUSR1 as a wish to save, while it is entered.
 
-    A second SIGTERM or SIGINT ends the process at once.
+    A second SIGTERM or SIGINT ends the process at once, unless it follows so soon that it is the first one passed on by
+    a launcher. A signal that the process was started to ignore, as a shell's background jobs ignore SIGINT, stays ignored.
     """
+
+    PASSED_ON_WITHIN = 3.0  # seconds
 
     def __init__(self):
         self.stop = False
         self.save = False
+        self._since = 0.0
+        self._before = {}
 
     def _on_stop(self, number, frame):
-        if self.stop:
+        if not self.stop:
+            self.stop, self._since = True, time.monotonic()
+            os.write(2, b"Stopping: the state is saved after this update; the same signal again, in a few seconds, stops at once\n")
+        elif time.monotonic() - self._since > self.PASSED_ON_WITHIN:
             os._exit(128 + number)
-        self.stop = True
-        os.write(2, b"Stopping: the state is saved after this update; the same signal again stops at once\n")
 
     def _on_save(self, number, frame):
         self.save = True
 
     def __enter__(self):
-        self._before = {number: signal.signal(number, handler) for number, handler in (
-            (signal.SIGTERM, self._on_stop), (signal.SIGINT, self._on_stop), (signal.SIGUSR1, self._on_save))}
+        for number, handler in ((signal.SIGTERM, self._on_stop), (signal.SIGINT, self._on_stop),
+                                (signal.SIGUSR1, self._on_save)):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, *_):

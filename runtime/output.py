@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import statistics
 
 from .checkpoint import BEST, NEWEST, OLDER
 from .errors import UserError
@@ -39,6 +40,15 @@ def prepare_output_dir(path, fresh, checkpoint_size, say):
                             .format(path, free >> 20, 4 * checkpoint_size >> 20))
     except OSError as error:
         raise UserError("--output_dir: {} cannot be written ({})".format(path, error.strerror or error))
+
+
+def summarize(log, global_batch):
+    """What `log` (one dict per epoch) comes down to: the median of the speeds, and what the last epoch reached."""
+    speeds = [entry["train_images_per_s"] for entry in log if entry["train_images_per_s"] > 0]
+    speed = statistics.median(speeds) if speeds else 0.0  # none: the run was resumed when all updates had been made
+    return {"global_batch": global_batch, "epochs": len(log), "images_per_s": speed,
+            "step_ms": 1000 * global_batch / speed if speed else 0.0, "train_loss": log[-1]["train_loss"],
+            "test_acc1": log[-1]["test_acc1"]}
 
 
 def write_summary(path, values):

@@ -87,6 +87,9 @@ class TrainingState:
                                  "loss_sums": [float(value) for value in progress["loss_sums"]]}
         except (KeyError, TypeError, ValueError) as error:
             raise UserError("{}: {} does not say where its run stood ({})".format(what, path, error))
+        if self.epoch >= args.epochs and args.resume == "auto":  # killed between its last save and its end
+            say("{} has finished all {} epochs".format(path, args.epochs))
+            return
         if self.epoch >= args.epochs:
             raise UserError("{}: {} has finished epoch {} of {} already; raise --epochs to go on, or use --eval"
                             .format(what, path, self.epoch, args.epochs))

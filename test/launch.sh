@@ -75,16 +75,19 @@ export MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 export MASTER_PORT=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
 pids=()
-stop_all() {
+stop_all() {  # stop_all SECONDS: asks every process to save and stop, and ends those that have not after so long
     trap - INT TERM
     kill "${pids[@]}" 2>/dev/null || true
-    for _ in 1 2 3 4 5 6 7 8 9 10; do
-        kill -0 "${pids[@]}" 2>/dev/null || return 0
+    for ((second = 0; second < $1; second++)); do
+        alive=0
+        for pid in "${pids[@]}"; do kill -0 "$pid" 2>/dev/null && alive=1; done
+        [ "$alive" -eq 1 ] || return 0
         sleep 1
     done
     kill -9 "${pids[@]}" 2>/dev/null || true
 }
-trap 'stop_all; echo "error: stopped by a signal; the log is $log" >&2; exit 130' INT TERM
+trap 'echo "Stopping after this update, for at most a minute" >&2; stop_all 60; tail -n 1 "$log" >&2
+      echo "error: stopped by a signal; the log is $log" >&2; exit 130' INT TERM
 
 start=$SECONDS
 for ((rank = 0; rank < nproc; rank++)); do
@@ -101,7 +104,7 @@ for ((left = nproc; left > 0; left--)); do
     wait -n || { code=$?; break; }
 done
 if [ "$code" -ne 0 ]; then
-    stop_all
+    stop_all 10
     echo "error: training ended with exit code $code; the last lines of $log:" >&2
     tail -n 15 "$log" >&2
     exit "$code"

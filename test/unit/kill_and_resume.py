@@ -78,21 +78,27 @@ def differences(a, b, path=""):
     """Paths at which two nested values differ, tensors by every bit; times are passed over."""
     if isinstance(a, torch.Tensor):
         return [] if torch.equal(a, b) else [path]
-    if isinstance(a, dict):
+    if isinstance(a, dict) and isinstance(b, dict):
         keys = [k for k in set(a) | set(b) if k not in TIMES + ("output_dir", "resume")]
         return [d for k in keys for d in differences(a.get(k), b.get(k), "{}/{}".format(path, k))]
     if isinstance(a, (list, tuple)):
-        if len(a) != len(b):
+        if type(a) is not type(b) or len(a) != len(b):
             return [path]
         return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, "{}/{}".format(path, i))]
     return [] if a == b else [path]
 
 
 def ends(folder):
+    """[checkpoint, best checkpoint, log] of a finished run."""
     with open(os.path.join(folder, "log.txt")) as f:
         log = [json.loads(line) for line in f]
-    return [torch.load(os.path.join(folder, name), map_location="cpu") for name in
-            ("checkpoint.pth", "best_checkpoint.pth")] + [log]
+    checkpoints = [torch.load(os.path.join(folder, name), map_location="cpu")
+                   for name in ("checkpoint.pth", "best_checkpoint.pth")]
+    for checkpoint in checkpoints:  # torch 1.5 names a parameter's state by the address it had
+        optimizer = checkpoint["optimizer"]
+        order = [p for group in optimizer["param_groups"] for p in group.pop("params")]
+        optimizer["state"] = {order.index(p): state for p, state in optimizer["state"].items()}
+    return checkpoints + [log]
 
 
 def run(folder, data, processes, kills, seed):

@@ -78,7 +78,8 @@ def test_one_process_trains_to_the_end_from_the_folder_test(checkout, digit_fold
     assert out.splitlines()[0] == "Device: cpu x 1, collectives by gloo (no NPU here)"
     summary, log = check_outputs(checkout, out, "acc", 1, 32, checkout / "save")
     assert summary["epochs"] == 2 and "Epoch 1 (stage-wise)" in log
-    assert sorted(os.listdir(str(checkout / "save"))) == ["best_checkpoint.pth", "checkpoint.pth", "log.txt", "summary.json"]
+    assert sorted(os.listdir(str(checkout / "save"))) == ["best_checkpoint.pth", "checkpoint.previous.pth",
+                                                          "checkpoint.pth", "log.txt", "summary.json"]
 
 
 def test_one_process_measures_speed_and_keeps_an_earlier_run_aside(checkout, digit_folder):
@@ -193,6 +194,11 @@ def test_ctrl_c_stops_all_ranks(checkout, digit_folder):
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and re.search("stopped by a signal", err)
+    assert "Stopped as asked; to go on: the same command with --resume auto" in err
+    code, out, err = launch(checkout, "train_full_1P", "--data_path=" + digit_folder, "--nproc", "2", "--batch-size=4",
+                            "--epochs=1", *TINY + UNDISTILLED + ["--resume", "auto", "--epochs", "500", "--max-steps", "1"])
+    assert code == 0, out + err
+    assert "Resuming" in (checkout / "test" / "output" / "0" / "train_0.log").read_text()
     assert processes_of(checkout / "save") == []
 
 
