@@ -79,7 +79,9 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, con
     of the update and its files, and TooManyDamagedImages.
     """
     model.train()
-    planned = len(data_loader) // accum_steps if max_updates is None else min(max_updates, len(data_loader) // accum_steps)
+    planned = len(data_loader) // accum_steps
+    if max_updates is not None:
+        planned = min(planned, max_updates)
     updates, (before, loss_sum), finite = 0, done, done[0]
     micro_batches, indices, damaged = [], [], []
     progress = Progress(data_loader, len(data_loader), "Epoch: [{}]".format(epoch), show)
@@ -119,8 +121,8 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, con
             break
     synchronize(device)
     loss_sum, counted = sum_over_processes([loss_sum, finite], device)
-    stats = {"train_loss": loss_sum / max(counted, 1), "train_lr": optimizer.param_groups[0]["lr"], "updates": before + updates,
-             "train_images_per_s": progress.images_per_second}
+    stats = {"train_loss": loss_sum / max(counted, 1), "train_lr": optimizer.param_groups[0]["lr"],
+             "updates": before + updates, "train_images_per_s": progress.images_per_second}
     if precision.loss_scale is not None:
         stats["loss_scale"] = precision.loss_scale
     return stats

