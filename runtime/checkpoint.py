@@ -1,6 +1,7 @@
 """Checkpoint files: written whole or not at all, checked before use, and read without running code from them."""
 import argparse
 import hashlib
+import io
 import json
 import os
 import re
@@ -37,17 +38,22 @@ def _write_whole(path, write):
             os.fsync(folder)
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # PyTorch reports a full disk as a RuntimeError of its zip writer
+    except OSError as error:
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free >> 20
         if os.path.exists(partial):
             os.remove(partial)
         raise SaveFailed("{} could not be written, with {:,} MiB left on its disk ({}); the checkpoints before it are whole"
-                         .format(path, free, str(error).strip().split("\n")[0][:160]))
+                         .format(path, free, error.strerror or error))
 
 
 def save_checkpoint(checkpoint, path):
-    """Writes `checkpoint`, tensors and plain values, to `path`."""
-    _write_whole(path, lambda f: compat.save(checkpoint, f))
+    """Writes `checkpoint`, tensors and plain values, to `path`. Raises SaveFailed.
+
+    It is put together in memory first: PyTorch's own writer, on a disk that fills up, can end the process.
+    """
+    content = io.BytesIO()
+    compat.save(checkpoint, content)
+    _write_whole(path, lambda f: f.write(content.getbuffer()))
 
 
 def save_newest(checkpoint, folder):

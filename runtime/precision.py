@@ -59,10 +59,10 @@ class NativePrecision(Precision):
 
     def __init__(self, device_type, loss_scale):
         self._device_type = device_type
-        self._fixed = None if loss_scale == "dynamic" else loss_scale
-        self._scaler = None
-        if device_type != "cpu":
-            self._scaler = compat.grad_scaler(device_type, self._fixed)
+        fixed = None if loss_scale == "dynamic" else loss_scale
+        self._scaler = None if device_type == "cpu" else compat.grad_scaler(device_type, fixed)
+        # torch_npu's scaler can keep its scale by itself; PyTorch's is set back to it after each update
+        self._reset_to = [fixed] if fixed is not None and device_type != "npu" else []
         self.name = "bf16 mixed (native O1)" if device_type == "cpu" else "fp16 mixed (native O1, loss scale {})".format(
             loss_scale)
 
@@ -87,7 +87,7 @@ class NativePrecision(Precision):
             self._scaler.unscale_(optimizer)
             clip(model.parameters())
         self._scaler.step(optimizer)
-        self._scaler.update(*([self._fixed] if self._fixed else []))
+        self._scaler.update(*self._reset_to)
 
     def state_dict(self):
         return self._scaler.state_dict() if self._scaler else {}

@@ -50,7 +50,13 @@ def test_four_accumulated_batches_of_8_equal_one_of_32_in_eval_mode_batch_norm()
     assert moved > 0
 
 
-@pytest.mark.parametrize("launcher", sorted(commands.launchers(2)))
+LAUNCHERS = commands.launchers(2)
+
+
+@pytest.mark.parametrize("launcher", [
+    # where there is torchrun, the older launcher is only a name for it
+    pytest.param(name, marks=pytest.mark.slow) if name == "launch" and "torchrun" in LAUNCHERS else name
+    for name in sorted(LAUNCHERS)])
 def test_main_trains_and_evaluates_in_two_processes(launcher, digit_folder, teacher, tmp_path):
     printed = commands.succeed(
         "--model", "EvoLeViT_128S", "--teacher-model", "regnety_002", "--teacher-path", teacher, "--data-path",

@@ -241,7 +241,7 @@ def unreadable(draw):
 def test_every_kind_of_readable_picture_becomes_rgb(tmp_path):
     from runtime.pictures import load_picture
     cases = [("L", {}), ("P", {}), ("RGBA", {}), ("LA", {}), ("1", {}), ("I;16", {}), ("CMYK", dict(format="JPEG")),
-             ("RGB", dict(format="JPEG")), ("RGB", dict(size=(1, 1))), ("RGB", dict(size=(3, 4000))),
+             ("RGB", dict(format="JPEG")), ("RGB", dict(format="JPEG", exif=b"Exif\0\0broken")), ("RGB", dict(size=(1, 1))), ("RGB", dict(size=(3, 4000))),
              ("RGB", dict(format="BMP")), ("RGB", dict(format="TIFF")), ("RGB", dict(format="WEBP"))]
     for number, (mode, options) in enumerate(cases):
         path = str(tmp_path / str(number))

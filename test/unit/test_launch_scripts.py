@@ -104,6 +104,7 @@ def test_eight_processes_measure_speed(checkout, digit_folder):
     assert summary["global_batch"] == 32 and summary["updates"] == 8
 
 
+@pytest.mark.slow
 def test_eight_processes_train_to_the_end(checkout, digit_folder):
     code, out, err = launch(checkout, "train_full_8P", "--data_path=" + digit_folder, "--batch-size=4", "--epochs=1",
                             *TINY + UNDISTILLED)
@@ -114,7 +115,8 @@ def test_eight_processes_train_to_the_end(checkout, digit_folder):
 @pytest.mark.skipif(not hasattr(torch.utils, "rename_privateuse1_backend"),
                     reason="this PyTorch has no extension points for a device of another package")
 @pytest.mark.parametrize("script, processes", [
-    ("train_full_1P", 1), ("train_performance_1P", 1), pytest.param("train_full_8P", 8, marks=pytest.mark.slow),
+    ("train_full_1P", 1), pytest.param("train_performance_1P", 1, marks=pytest.mark.slow),
+    pytest.param("train_full_8P", 8, marks=pytest.mark.slow),
     pytest.param("train_performance_8P", 8, marks=pytest.mark.slow)])
 def test_the_scripts_run_on_the_npu_stand_in(checkout, digit_folder, script, processes):
     from test_npu import with_double

@@ -5,6 +5,7 @@ The stand-in needs the current line's device extension points, a C++ compiler an
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -264,6 +265,9 @@ def test_the_real_torch_npu_without_a_toolkit(digit_folder, tmp_path):
     assert arguments("torch_npu/npu/utils.py", "set_device") == ["device"]
     assert arguments("torch_npu/npu/utils.py", "synchronize") == ["device"]
     assert arguments("torch_npu/npu/memory.py", "max_memory_allocated") == ["device"]
+    assert arguments("torch_npu/npu/random.py", "manual_seed_all") == ["seed"]
+    assert "from torch_npu.npu.amp" in read("torch_npu/_init/core/_exports.py")  # which makes torch.npu.amp
+    assert {"autocast", "GradScaler"} <= set(re.findall(r"\w+", read("torch_npu/npu/amp/__init__.py")))
     assert arguments("torch_npu/npu/npu_config.py", "set_option") == ["option"]
     for option in ("ACL_OP_COMPILER_CACHE_MODE", "ACL_OP_COMPILER_CACHE_DIR"):
         assert option in read("torch_npu/npu/npu_config.py")
