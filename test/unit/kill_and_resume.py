@@ -61,17 +61,21 @@ def finish(children):
 
 
 def kill(children):
-    """Whether any of the processes was still running."""
-    running = False
-    for child in children:
+    """Kills all that still run, with their data-loading workers; returns whether there were any."""
+    alive = []
+    for child in children:  # all are looked at before any is killed, since the others fail when one is gone
         done, status = os.waitpid(child, os.WNOHANG)
+        assert done == 0 or status == 0, status
         if done == 0:
-            running = True
-            os.killpg(child, signal.SIGKILL)  # its data-loading workers as well
-            os.waitpid(child, 0)
-        else:
-            assert status == 0, status
-    return running
+            alive.append(child)
+    for child in alive:
+        try:
+            os.killpg(child, signal.SIGKILL)
+        except ProcessLookupError:  # it has not made its own group yet
+            os.kill(child, signal.SIGKILL)
+    for child in alive:
+        os.waitpid(child, 0)
+    return bool(alive)
 
 
 def differences(a, b, path=""):
