@@ -32,10 +32,9 @@ def test_a_checkpoint_of_every_line_gives_the_same_logits_on_every_line(tmp_path
             out = str(tmp_path / "{}-{}.txt".format(writer, reader))
             subprocess.run([python, SCRIPT, "read", str(tmp_path / writer), out], check=True, timeout=300)
             logits[reader] = np.loadtxt(out)
-        scale = np.abs(logits[writer]).max()
-        assert scale > 1
+        assert np.abs(logits[writer]).max() > 0.2
         for reader in pythons:
-            differences[writer, reader] = np.abs(logits[reader] - logits[writer]).max() / scale
+            differences[writer, reader] = np.abs(logits[reader] - logits[writer]).max()
     print("\n" + "\n".join("written {} read {}: {:.1e}".format(*pair, difference)
                            for pair, difference in differences.items()))
     assert len(differences) == 9 and max(differences.values()) < 1e-6, differences
