@@ -167,6 +167,7 @@ def test_the_double_refuses_what_a_card_refuses():
 SMALL = ["--num_workers", "1", "--input-size", "64", "--batch-size", "32", "--model", "EvoLeViT_128S"]
 
 
+@pytest.mark.slow
 def test_main_trains_resumes_and_evaluates_on_the_npu(digit_folder, teacher, tmp_path):
     out = tmp_path / "save"
     flags = ["--teacher-model", "regnety_002", "--teacher-path", teacher, "--data_path", digit_folder,
@@ -189,6 +190,7 @@ def test_main_trains_resumes_and_evaluates_on_the_npu(digit_folder, teacher, tmp
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_train_over_hccl_and_stay_identical(digit_folder, tmp_path):
     script = ("import sys, torch, main\n"
               "model = main.main(sys.argv[2:])\n"
