@@ -454,11 +454,10 @@ def main(argv=None):
     try:
         return run(args, given)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print("error: {}".format(error), file=sys.stderr)
+        tell("error: {}".format(error), sys.stderr)
         sys.exit(2)
     except Stopped:
-        say_once("Stopped as asked; to go on: the same command with --resume auto")
+        tell("Stopped as asked; to go on: the same command with --resume auto", sys.stdout)
         sys.exit(0)
     except NonFiniteLoss as error:
         path = write_report(args.output_dir, error)
@@ -466,14 +465,15 @@ def main(argv=None):
               "{loss_scale}; {} names the files of the batch".format(error, path, **error.report), file=sys.stderr)
         sys.exit(1)
     except (TooManyDamagedImages, DamagedImage, SaveFailed) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print("error: training stopped: {}".format(error), file=sys.stderr)
+        # of what a data loader's worker raised, the last line is the sentence, before it stands its traceback
+        tell("error: training stopped: {}".format(str(error).strip().split("\n")[-1]), sys.stderr)
         sys.exit(1)
 
 
-def say_once(text):
+def tell(text, file):
+    """Prints `text` in the first of a run's processes."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+        print(text, file=file, flush=True)
 
 
 if __name__ == "__main__":

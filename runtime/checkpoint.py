@@ -24,7 +24,7 @@ class SaveFailed(Exception):
 
 # ----------------------------------------------------------------------------------------------------------- writing
 
-def _write_whole(path, write):
+def write_whole(path, write):
     """`write(file)` beside `path`, flushed to disk, then renamed there. Raises SaveFailed, with nothing left behind."""
     partial = path + ".partial"
     try:
@@ -53,7 +53,7 @@ def save_checkpoint(checkpoint, path):
     """
     content = io.BytesIO()
     compat.save(checkpoint, content)
-    _write_whole(path, lambda f: f.write(content.getbuffer()))
+    write_whole(path, lambda f: f.write(content.getbuffer()))
 
 
 def save_newest(checkpoint, folder):
@@ -77,7 +77,7 @@ def export_weights(model, path, metadata):
             seen.add(tensor.data_ptr())
             tensors[name] = tensor.detach().cpu().contiguous().numpy()
     content = save(tensors, metadata={"evo_levit": json.dumps(metadata)})
-    _write_whole(path, lambda f: f.write(content))
+    write_whole(path, lambda f: f.write(content))
 
 
 # ----------------------------------------------------------------------------------------------------------- reading

@@ -4,7 +4,7 @@ import os
 import shutil
 import statistics
 
-from .checkpoint import BEST, NEWEST, OLDER
+from .checkpoint import BEST, NEWEST, OLDER, write_whole
 from .errors import UserError
 
 FILES = (NEWEST, OLDER, BEST, "log.txt", "summary.json")
@@ -52,10 +52,9 @@ def summarize(log, global_batch):
 
 
 def write_summary(path, values):
-    """Writes summary.json: what a finished run reached, and how fast."""
-    with open(os.path.join(path, "summary.json"), "w") as f:
-        json.dump(values, f, indent=1)
-        f.write("\n")
+    """Writes summary.json: what a finished run reached, and how fast. Raises SaveFailed."""
+    text = json.dumps(values, indent=1) + "\n"
+    write_whole(os.path.join(path, "summary.json"), lambda f: f.write(text.encode()))
 
 
 def write_report(path, error):

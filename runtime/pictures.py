@@ -13,8 +13,8 @@ from .randomness import drawing_from
 class DamagedImage(Exception):
     """A picture file that cannot be decoded."""
 
-    def __init__(self, path, reason):
-        super().__init__(path, reason)  # both, so that the exception survives the way out of a worker
+    def __init__(self, path, reason=""):  # a data loader makes it anew from its worker's text alone
+        super().__init__("{}: {}".format(path, reason) if reason else path)
         self.path = path
         self.reason = reason
 

@@ -2,7 +2,7 @@
 import json
 import os
 
-from .checkpoint import BEST, load_weights, model_state, save_checkpoint, save_newest, saved_settings
+from .checkpoint import BEST, load_weights, model_state, save_checkpoint, save_newest, saved_settings, write_whole
 from .errors import UserError
 
 
@@ -49,11 +49,9 @@ class TrainingState:
 
     def write_log(self):
         """log.txt: one JSON object per finished epoch. It is written anew, so that a resumed run leaves nothing of what
-        an interrupted one wrote after its checkpoint."""
-        path = os.path.join(self.args.output_dir, "log.txt")
-        with open(path + ".partial", "w") as f:
-            f.writelines(json.dumps(entry) + "\n" for entry in self.log)
-        os.replace(path + ".partial", path)
+        an interrupted one wrote after its checkpoint. Raises SaveFailed."""
+        text = "".join(json.dumps(entry) + "\n" for entry in self.log)
+        write_whole(os.path.join(self.args.output_dir, "log.txt"), lambda f: f.write(text.encode()))
 
     def restore(self, checkpoint, path, given_start_epoch, global_batch, say):
         """Goes on where `checkpoint` (read from `path`) ends, or at the epoch that the command line asks for.

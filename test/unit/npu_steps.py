@@ -5,7 +5,6 @@ python npu_steps.py DEVICE AMP_BACKEND OPT_LEVEL LOSS_SCALE [OVERFLOW_STEP]     
 Steps 0 to 2 run layer-wise, 3 and 4 stage-wise; a teacher labels the images. At OVERFLOW_STEP the loss is multiplied by
 1e30, so that gradients in fp16 overflow while the loss does not.
 """
-import argparse
 import json
 import os
 import sys
