@@ -8,12 +8,12 @@ import torch
 from evo_vit import compat  # before torchvision
 from PIL import Image
 from timm.data import create_transform
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset, Sampler
 from torchvision import datasets, transforms
 
 from runtime.errors import UserError
-from runtime.pictures import load_picture
+from runtime.pictures import DraftCrop, LastPicture, ToBytes, leave_path, load_picture
 from runtime.randomness import derive_seed
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -55,7 +55,7 @@ class INatDataset(Dataset):
     """iNaturalist 2018 or 2019 with the classes of one level of its taxonomy, in DeiT's layout: `train<year>.json`,
     `val<year>.json` and `categories.json` beside the pictures."""
 
-    def __init__(self, root, is_train, year, category="name", transform=None):
+    def __init__(self, root, is_train, year, category="name", transform=None, loader=load_picture):
         annotations = _read_json(root, "{}{}.json".format("train" if is_train else "val", year))
         train = annotations if is_train else _read_json(root, "train{}.json".format(year))
         level = {int(c["id"]): c[category] for c in _read_json(root, "categories.json")}
@@ -68,13 +68,14 @@ class INatDataset(Dataset):
         self.samples = [(os.path.join(root, image["file_name"]), numbers[level[category_of[image["id"]]]])
                         for image in annotations["images"]]
         self.transform = transform
+        self.loader = loader
 
     def __len__(self):
         return len(self.samples)
 
     def __getitem__(self, index):
         path, label = self.samples[index]
-        image = load_picture(path)
+        image = self.loader(path)
         return (image if self.transform is None else self.transform(image)), label
 
 
@@ -107,7 +108,7 @@ def _class_folders(root, part):
     return classes
 
 
-def _image_folder(root, is_train, transform):
+def _image_folder(root, is_train, transform, loader):
     val = _class_folders(root, "val")
     train = _class_folders(root, "train") if is_train else val  # --eval needs no training pictures
     if train != val:
@@ -115,11 +116,12 @@ def _image_folder(root, is_train, transform):
         raise UserError("--data-path: the class folders of train and val differ, '{}' is only in {}".format(
             one, "train" if one in train else "val"))
     return datasets.ImageFolder(os.path.join(root, "train" if is_train else "val"), transform=transform,
-                                loader=load_picture)
+                                loader=loader)
 
 
-def build_dataset(is_train, name, root, transform, inat_category="name"):
-    """The training or validation part of the data set `name` and its number of classes.
+def build_dataset(is_train, name, root, transform, inat_category="name", jpeg_draft=False):
+    """The training or validation part of the data set `name` and its number of classes. `jpeg_draft`: as `transform` was
+    built.
 
     IMNET reads any ImageFolder layout; DIGITS needs no `root`. Raises UserError where `root` is not what it should be.
     """
@@ -129,42 +131,47 @@ def build_dataset(is_train, name, root, transform, inat_category="name"):
         raise UserError("--data-path is missing: say where the data set {} lies".format(name))
     if not os.path.isdir(root):
         raise UserError("--data-path: there is no folder {}".format(root))
+    loader = leave_path if jpeg_draft else LastPicture()
     if name == "IMNET":
-        dataset = _image_folder(root, is_train, transform)
+        dataset = _image_folder(root, is_train, transform, loader)
         return dataset, len(dataset.classes)
     if name == "CIFAR":
         try:
             return datasets.CIFAR100(root, train=is_train, transform=transform), 100
         except RuntimeError:
             raise UserError("--data-path: {} does not hold CIFAR-100 (the folder cifar-100-python)".format(root))
-    dataset = INatDataset(root, is_train, {"INAT": 2018, "INAT19": 2019}[name], inat_category, transform)
+    dataset = INatDataset(root, is_train, {"INAT": 2018, "INAT19": 2019}[name], inat_category, transform, loader)
     return dataset, len(dataset.classes)
 
 
 # ----------------------------------------------------------------------------------------------------- transforms
 
 def build_transform(is_train, name, input_size, color_jitter=0.4, aa="rand-m9-mstd0.5-inc1",
-                    train_interpolation="bicubic", reprob=0.25, remode="pixel", recount=1):
-    """PIL image -> normalised float tensor (3, input_size, input_size), as DeiT does it.
+                    train_interpolation="bicubic", reprob=0.25, remode="pixel", recount=1, jpeg_draft=False):
+    """PIL image -> what runtime.pictures.ToBytes makes of the picture that DeiT's transform would normalise.
 
+    `jpeg_draft`: the input is a path, see runtime.pictures.DraftCrop.
     Pictures of at most 32 pixels are not cropped out of: CIFAR shifts by up to 4 pixels at its own size. Digits are
     enlarged, shifted by up to an eighth, and never mirrored, since a mirrored digit is no digit.
     """
-    normalize = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     bicubic = compat.interpolation("bicubic")
     if is_train:
         transform = create_transform(
             input_size=input_size, is_training=True, color_jitter=color_jitter or None,
             auto_augment=None if aa in ("", "none") else aa, interpolation=train_interpolation,
             hflip=0.0 if name == "DIGITS" else 0.5, re_prob=reprob, re_mode=remode, re_count=recount)
-        # timm 0.4.12 gives Normalize tensors, which torchvision 0.2 copies with a warning for every image
-        transform.transforms = [normalize if isinstance(t, transforms.Normalize) else t for t in transform.transforms]
+        erasing = [t for t in transform.transforms if isinstance(t, RandomErasing)]
+        on_tensors = ("ToTensor", "MaybeToTensor", "Normalize", "RandomErasing")
+        transform.transforms = [t for t in transform.transforms if type(t).__name__ not in on_tensors]
+        transform.transforms.append(ToBytes(*erasing))
         if name == "DIGITS":
             transform.transforms[0] = transforms.Compose([
                 transforms.Resize((input_size, input_size), bicubic),
                 transforms.RandomCrop(input_size, padding=input_size // 8)])
         elif input_size <= 32:
             transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
+        elif jpeg_draft:
+            transform.transforms[0] = DraftCrop(transform.transforms[0])
         return transform
     if name == "DIGITS":
         resize = [transforms.Resize((input_size, input_size), bicubic)]
@@ -172,7 +179,7 @@ def build_transform(is_train, name, input_size, color_jitter=0.4, aa="rand-m9-ms
         resize = []
     else:
         resize = [transforms.Resize(int(256 / 224 * input_size), bicubic), transforms.CenterCrop(input_size)]
-    return transforms.Compose(resize + [transforms.ToTensor(), normalize])
+    return transforms.Compose(resize + [ToBytes()])
 
 
 # ----------------------------------------------------------------------------------------------------- samplers

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from timm.utils import dispatch_clip_grad
 
+from runtime.clip import clip_gradients
 from runtime.control import NonFiniteLoss
-from runtime.device import synchronize
+from runtime.device import start_reading, synchronize
 from runtime.distributed import sum_over_processes
+from runtime.pictures import normalize
 from runtime.precision import Precision
 from runtime.progress import Progress
 from runtime.randomness import derive_seed, seed_everything
@@ -35,10 +36,11 @@ def _only_finite(loss):
 
 def train_step(model, criterion, micro_batches, optimizer, clip_grad=None, clip_mode="agc", model_ema=None,
                precision=Precision(), check=_only_finite):
-    """One update of the weights from a list of micro-batches [(images (B, 3, H, W), labels)], already on the device.
+    """One update of the weights from a list of micro-batches [(images (B, 3, H, W), labels, taught)], already on the
+    device; `taught` is what criterion.teach would give for the images, where that is known already, else None.
 
     The gradients of the micro-batches are averaged, as those of as many processes would be.
-    criterion: criterion(images, outputs, labels), a losses.DistillationLoss.
+    criterion: a losses.DistillationLoss.
     clip_grad: None or 0 for no clipping, else the limit, which `clip_mode` (norm, value or agc) gives its meaning.
     precision: number format; where it scales the loss, an update whose gradients overflow is left out.
     check: check(loss) says, before the weights are touched, whether they are to be; unless given it raises
@@ -47,35 +49,51 @@ def train_step(model, criterion, micro_batches, optimizer, clip_grad=None, clip_
     """
     optimizer.zero_grad()
     total = 0.0
-    for i, (samples, targets) in enumerate(micro_batches, 1):
+    for i, (samples, targets, taught) in enumerate(micro_batches, 1):
         last = i == len(micro_batches)
         with _no_gradient_exchange(model, skip=not last):
             with precision.autocast():
-                loss = criterion(samples, model(samples), targets) / len(micro_batches)
+                if taught is None:
+                    taught = criterion.teach(samples)  # before the student's forward pass: its activations are not there yet
+                loss = criterion(samples, model(samples), targets, taught) / len(micro_batches)
+            total = total + loss.detach()
+            if last:
+                read_loss = start_reading(total)  # before the backward pass, which the host then need not wait for
             precision.backward(loss, optimizer, last)
-        total = total + loss.detach()
-    loss_value = total.item()
+    loss_value = read_loss()
     if not check(loss_value):
         precision.skip(optimizer)
         return loss_value
-    clip = (lambda parameters: dispatch_clip_grad(parameters, clip_grad, mode=clip_mode)) if clip_grad else None
+    clip = (lambda parameters: clip_gradients(parameters, clip_grad, clip_mode)) if clip_grad else None
     precision.step(model, optimizer, clip)
     if model_ema is not None:
         model_ema.update(getattr(model, "module", model))
     return loss_value
 
 
+def _to_device(batch, device, channels_last, mixup_fn, seed):
+    """(images, targets) of a batch of collate's on the device, mixed from `seed`, from which the model draws, too."""
+    pictures, targets = batch[:2]
+    samples, targets = normalize(pictures, device, channels_last), targets.to(device, non_blocking=True)
+    seed_everything(seed)
+    return (samples, targets) if mixup_fn is None else mixup_fn(samples, targets)
+
+
 def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, control, accum_steps=1, clip_grad=None,
                     clip_mode="agc", model_ema=None, mixup_fn=None, world_size=1, rank=0, show=True,
-                    precision=Precision(), max_updates=None, seed=0, done=(0, 0.0), on_boundary=None):
+                    precision=Precision(), max_updates=None, seed=0, done=(0, 0.0), on_boundary=None,
+                    channels_last=False, teacher_labels=None):
     """Trains for one epoch, or `max_updates` of it; `accum_steps` successive batches of `data_loader` make one update.
 
     data_loader: batches as runtime.pictures.collate makes them.
     control: a runtime.control.Control; where it says `save` after an update, on_boundary(updates, loss_sum) is called.
     done: updates of this epoch that an earlier process has made, and the sum of their losses; `data_loader` starts
         after them.
-    Returns train_loss and train_lr, the number of updates, images/s over all processes (after the first
-    WARMUP_UPDATES where there are more), and the loss scale where there is one. Raises NonFiniteLoss, with a `report`
+    channels_last: memory format of the images.
+    teacher_labels: a runtime.teacher_labels.TeacherLabels, whose crops `data_loader` has; None for a live teacher.
+    Returns train_loss and train_lr, the number of updates, images/s over all processes and the share of the time that
+    was spent waiting for data (both after the first WARMUP_UPDATES where there are more), and the loss scale where there
+    is one. Raises NonFiniteLoss, with a `report`
     of the update and its files, and TooManyDamagedImages.
     """
     model.train()
@@ -83,17 +101,20 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, con
     if max_updates is not None:
         planned = min(planned, max_updates)
     updates, (before, loss_sum), finite = 0, done, done[0]
+    crop_epoch = epoch if teacher_labels is None else teacher_labels.crop_epoch(epoch)
     micro_batches, indices, damaged = [], [], []
     progress = Progress(data_loader, len(data_loader), "Epoch: [{}]".format(epoch), show)
-    for samples, targets, batch_indices, batch_damaged in progress:
-        images = samples.shape[0] * world_size
-        samples, targets = samples.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        seed_everything(derive_seed(seed, epoch, before + updates, rank * accum_steps + len(micro_batches)))
-        if mixup_fn is not None:
-            samples, targets = mixup_fn(samples, targets)
-        micro_batches.append((samples, targets))
-        indices += batch_indices.tolist()
-        damaged += batch_damaged
+    for batch in progress:
+        images = len(batch[1]) * world_size
+        replica, update = rank * accum_steps + len(micro_batches), before + updates
+        samples, targets = _to_device(batch, device, channels_last, mixup_fn,
+                                      derive_seed(seed, crop_epoch, update, replica))
+        taught = None
+        if teacher_labels is not None:
+            taught = teacher_labels.batch(epoch, replica, update).to(device, non_blocking=True)
+        micro_batches.append((samples, targets, taught))
+        indices += batch[2].tolist()
+        damaged += batch[3]
         if len(micro_batches) == accum_steps:
             lr = optimizer.param_groups[0]["lr"]
             try:
@@ -122,14 +143,35 @@ def train_one_epoch(model, criterion, data_loader, optimizer, device, epoch, con
     synchronize(device)
     loss_sum, counted = sum_over_processes([loss_sum, finite], device)
     stats = {"train_loss": loss_sum / max(counted, 1), "train_lr": optimizer.param_groups[0]["lr"],
-             "updates": before + updates, "train_images_per_s": progress.images_per_second}
+             "updates": before + updates, "train_images_per_s": progress.images_per_second,
+             "waiting_for_data": progress.waiting_share}
     if precision.loss_scale is not None:
         stats["loss_scale"] = precision.loss_scale
     return stats
 
 
 @torch.no_grad()
-def evaluate(data_loader, model, device, sharded=False, show=True, precision=Precision()):
+def label_epoch(data_loader, criterion, device, epoch, accum_steps=1, mixup_fn=None, world_size=1, rank=0, show=True,
+                precision=Precision(), seed=0, channels_last=False):
+    """What criterion.teach says of an epoch's batches, as train_one_epoch would see them: for each of the `accum_steps`
+    replicas that this process stands for a list with a CPU tensor for each update."""
+    labels = [[] for _ in range(accum_steps)]
+    progress = Progress(data_loader, len(data_loader), "Labels: [{}]".format(epoch), show)
+    for number, batch in enumerate(progress):
+        update, step = divmod(number, accum_steps)
+        samples, _ = _to_device(batch, device, channels_last, mixup_fn,
+                                derive_seed(seed, epoch, update, rank * accum_steps + step))
+        with precision.autocast():
+            labels[step].append(criterion.teach(samples).cpu())
+        for _, path, label, reason in batch[3]:
+            print("Damaged image, another one takes its place: {} (class {}; {})".format(path, label, reason),
+                  file=sys.stderr, flush=True)
+        progress.note(len(samples) * world_size)
+    return labels
+
+
+@torch.no_grad()
+def evaluate(data_loader, model, device, sharded=False, show=True, precision=Precision(), channels_last=False):
     """Top-1 and top-5 accuracy in percent, mean cross-entropy, images/s, the number of images, and that of damaged ones.
 
     data_loader: batches as runtime.pictures.collate makes them. A damaged image, which has the label -1, counts as
@@ -139,12 +181,12 @@ def evaluate(data_loader, model, device, sharded=False, show=True, precision=Pre
     model.eval()
     loss = correct1 = correct5 = images = damaged = 0
     progress = Progress(data_loader, len(data_loader), "Test:", show)
-    for samples, targets, _, batch_damaged in progress:
+    for pictures, targets, _, batch_damaged in progress:
         for _, path, label, reason in batch_damaged:
             if show or sharded:
                 print("Damaged image, counted as wrong: {} (class {}; {})".format(path, label, reason), file=sys.stderr,
                       flush=True)
-        samples, targets = samples.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        samples, targets = normalize(pictures, device, channels_last), targets.to(device, non_blocking=True)
         with precision.autocast():
             logits = model(samples)
         logits = logits.float()
@@ -154,9 +196,9 @@ def evaluate(data_loader, model, device, sharded=False, show=True, precision=Pre
         sums = torch.stack([F.cross_entropy(logits, targets, reduction="sum", ignore_index=-1),
                             hits[:, 0].sum().float(), hits.sum().float()]).tolist()
         loss, correct1, correct5 = loss + sums[0], correct1 + sums[1], correct5 + sums[2]
-        images += samples.shape[0]
+        images += len(targets)
         damaged += len(batch_damaged)
-        progress.note(samples.shape[0], top1=100.0 * correct1 / images)
+        progress.note(len(targets), top1=100.0 * correct1 / images)
     seconds = progress.seconds
     if sharded:
         loss, correct1, correct5, images, damaged = sum_over_processes([loss, correct1, correct5, images, damaged], device)

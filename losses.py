@@ -9,9 +9,11 @@ TYPES = ("none", "soft", "hard", "cls")
 class DistillationLoss(nn.Module):
     """(1 - alpha) * base loss + alpha * distillation loss, as in DeiT and LeViT; `cls` is Evo-LeViT's own.
 
+    A term of weight zero is not computed, and neither is the teacher for it.
+
     Args:
         base_criterion: criterion(logits, labels).
-        teacher_model: maps the images to logits (B, classes); not needed for "none".
+        teacher_model: maps the images to logits (B, classes); not needed for "none" and for stored teacher labels.
         distillation_type: "none"; "soft": KL divergence at temperature `tau`; "hard": cross-entropy with the
             teacher's first choice; "cls": as hard, where patch and class-token heads count half each.
         alpha: weight of the distillation term.
@@ -25,37 +27,44 @@ class DistillationLoss(nn.Module):
         self.base_criterion = base_criterion
         self.teacher_model = teacher_model
         self.distillation_type = distillation_type
-        self.alpha = alpha
+        self.alpha = 0.0 if distillation_type == "none" else alpha
         self.tau = tau
 
-    def forward(self, inputs, outputs, labels):
+    @torch.no_grad()
+    def teach(self, inputs):
+        """What the loss needs of the teacher for images (B, 3, H, W): its logits (B, classes) for "soft", its first
+        choices (B,) for "hard" and "cls", None where its term has no weight."""
+        if self.alpha == 0:
+            return None
+        logits = self.teacher_model(inputs)
+        return logits if self.distillation_type == "soft" else logits.argmax(dim=1)
+
+    def forward(self, inputs, outputs, labels, taught=None):
         """inputs: images (B, 3, H, W), for the teacher. outputs: logits (B, classes), or a tuple (patch, patch
         distillation, class, class distillation) of them, of which "none" takes the first, "soft" and "hard" the first
-        two, "cls" all. labels: what the base criterion takes. Returns the scalar loss; raises ValueError where
-        `outputs` has too few heads."""
+        two, "cls" all. labels: what the base criterion takes. taught: what `teach` gave for `inputs`, where it was
+        asked before. Returns the scalar loss; raises ValueError where `outputs` has too few heads."""
         if isinstance(outputs, torch.Tensor):
             outputs = (outputs,)
         heads = {"none": 1, "soft": 2, "hard": 2, "cls": 4}[self.distillation_type]
         if len(outputs) < heads:
             raise ValueError("{} distillation needs {} outputs of the model and got {}"
                              .format(self.distillation_type, heads, len(outputs)))
+        pairs = ((0, 1), (2, 3)) if self.distillation_type == "cls" else ((0, 1),)  # (label head, distillation head)
+        loss = 0.0
+        if self.alpha != 1:
+            loss = (1 - self.alpha) * _mean([self.base_criterion(outputs[head], labels) for head, _ in pairs])
+        if self.alpha != 0:
+            taught = self.teach(inputs) if taught is None else taught
+            loss = loss + self.alpha * _mean([self._distillation_loss(outputs[head], taught) for _, head in pairs])
+        return loss
 
-        base_loss = self.base_criterion(outputs[0], labels)
-        if self.distillation_type == "none":
-            return base_loss
-        with torch.no_grad():
-            teacher_logits = self.teacher_model(inputs)
+    def _distillation_loss(self, logits, taught):
+        if self.distillation_type != "soft":
+            return F.cross_entropy(logits, taught)
+        student, teacher = (F.log_softmax(x / self.tau, dim=1) for x in (logits, taught))
+        return (teacher.exp() * (teacher - student)).sum() * self.tau * self.tau / logits.numel()
 
-        if self.distillation_type == "soft":
-            tau = self.tau
-            student = F.log_softmax(outputs[1] / tau, dim=1)
-            teacher = F.log_softmax(teacher_logits / tau, dim=1)
-            divergence = (teacher.exp() * (teacher - student)).sum()
-            distillation_loss = divergence * tau * tau / outputs[1].numel()
-        else:
-            teacher_labels = teacher_logits.argmax(dim=1)
-            distillation_loss = F.cross_entropy(outputs[1], teacher_labels)
-            if self.distillation_type == "cls":
-                base_loss = (base_loss + self.base_criterion(outputs[2], labels)) / 2
-                distillation_loss = (distillation_loss + F.cross_entropy(outputs[3], teacher_labels)) / 2
-        return (1 - self.alpha) * base_loss + self.alpha * distillation_loss
+
+def _mean(terms):
+    return sum(terms) / len(terms)

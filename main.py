@@ -16,7 +16,7 @@ from timm.scheduler import create_scheduler
 
 import losses
 from datasets import DATA_SETS, INAT_CATEGORIES, ShardSampler, build_dataset, build_train_sampler, build_transform
-from engine import evaluate, train_one_epoch
+from engine import evaluate, label_epoch, train_one_epoch
 from evo_vit import compat
 from fix_timm.mixup import Mixup
 from runtime import device as devices
@@ -27,6 +27,7 @@ from runtime.control import Agreement, Control, NonFiniteLoss, Signals, TooManyD
 from runtime.ema import ModelEma
 from runtime.errors import UserError
 from runtime.macs import count_macs
+from runtime.matmul_rate import measure_matmul_rate
 from runtime.models import apply_token_schedule, build_model, check_model_name, default_input_size
 from runtime.optimizer import build_optimizer
 from runtime.output import prepare_output_dir, summarize, write_report, write_summary
@@ -35,6 +36,8 @@ from runtime.precision import build_precision, parse_loss_scale
 from runtime.randomness import seed_everything
 from runtime.state import TrainingState
 from runtime.teacher import build_teacher
+from runtime.teacher_labels import LabelWriter, TeacherLabels, label_settings
+
 
 class Stopped(Exception):
     """A signal asked for it, and the state is saved."""
@@ -128,6 +131,12 @@ def get_args_parser():
     add("--distillation-type", default="cls", choices=losses.TYPES)
     add("--distillation-alpha", type=float, default=0.5, help="weight of the distillation loss")
     add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
+    add("--teacher-input-size", type=positive, default=None, metavar="PIXELS",
+        help="shrink or enlarge the images for the teacher, which changes its labels; the student's size if not given")
+    add("--write-teacher-labels", default="", metavar="DIR",
+        help="train nothing, but store the teacher's labels of --epochs epochs with the crops of this run")
+    add("--teacher-labels", default="", metavar="DIR",
+        help="take stored labels, with their crops, over and over where there are fewer epochs of them, and no teacher")
 
     # data
     add("--data-path", "--data_path", default=None, metavar="DIR", help="folder with train/ and val/")
@@ -135,6 +144,8 @@ def get_args_parser():
     add("--inat-category", default="name", choices=INAT_CATEGORIES)
     add("--num_workers", "--num-workers", type=int, default=None,
         help="data-loading processes of each process; if not given 10, or its share of the cores where that is less")
+    add("--jpeg-draft", action="store_true",
+        help="decode JPEGs at a half, a quarter or an eighth of their size where a crop is twice as much larger than the image")
     add("--pin-mem", action="store_true", default=True, help="page-locked host memory, where the device is no CPU")
     add("--no-pin-mem", action="store_false", dest="pin_mem")
 
@@ -145,6 +156,15 @@ def get_args_parser():
         help="O0 float32, O1 mixed precision (bf16 on a CPU), O2 apex's; if not given O1, on a CPU O0")
     add("--loss-scale", type=parse_loss_scale, default=None, metavar="SCALE",
         help="a number or dynamic; if not given 128 on an NPU, else dynamic")
+
+    add("--amp-dtype", default=None, choices=("fp16", "bf16"),
+        help="of native mixed precision; if not given fp16, on a CPU bf16")
+
+    # speed, at the same numbers but for rounding
+    add("--compile", action="store_true", help="compile model and teacher by torch.compile; takes minutes at the start")
+    add("--channels-last", action="store_true", default=None,
+        help="memory format of images and convolutions; if not given on CPUs and CUDA devices with PyTorch 2")
+    add("--no-channels-last", action="store_false", dest="channels_last")
 
     # the run
     add("--output_dir", "--output-dir", default="save", metavar="DIR")
@@ -195,6 +215,16 @@ def check_recipe(args):
     if mixup and args.batch_size % 2:
         raise UserError("--batch-size {} is odd, and mixup and CutMix mix pairs; use an even one, or --mixup 0 --cutmix 0"
                         .format(args.batch_size))
+    if args.jpeg_draft and (args.data_set in ("CIFAR", "DIGITS") or (args.input_size or 64) <= 32):
+        raise UserError("--jpeg-draft is for data sets of large picture files, which --data-set {} with images of {} pixels "
+                        "is not".format(args.data_set, args.input_size))
+    if (args.teacher_labels or args.write_teacher_labels) and args.distillation_type == "none":
+        raise UserError("--distillation-type none has no teacher whose labels could be stored; leave {} out".format(
+            "--teacher-labels" if args.teacher_labels else "--write-teacher-labels"))
+    if args.teacher_labels and args.write_teacher_labels:
+        raise UserError("--write-teacher-labels writes labels and --teacher-labels reads them; use one at a time")
+    if args.compile and not compat.can_compile():
+        raise UserError("--compile needs PyTorch 2.2 or newer")
     if args.start_epoch < 0 or args.start_epoch >= args.epochs:
         raise UserError("--start_epoch {}: the epochs go from 0 to {}".format(args.start_epoch, args.epochs - 1))
     return mixup
@@ -210,13 +240,24 @@ def build_loader(dataset, args, device, world, **kwargs):
         **dict(kwargs, **compat.persistent_workers(workers)))
 
 
+def build_train_loader(args, device, world):
+    """(the training images' loader, its sampler, number of images, number of classes)."""
+    transform = build_transform(True, args.data_set, args.input_size, args.color_jitter, args.aa, args.train_interpolation,
+                                args.reprob, args.remode, args.recount, args.jpeg_draft)
+    dataset, num_classes = build_dataset(True, args.data_set, args.data_path, transform, args.inat_category,
+                                         args.jpeg_draft)
+    sampler = build_train_sampler(dataset, args.batch_size, world.rank, world.size, args.accum_steps, args.repeated_aug,
+                                  args.seed)
+    return build_loader(TrainingView(dataset), args, device, world, batch_sampler=sampler), sampler, len(dataset), num_classes
+
+
 def build_val_loader(args, device, world):
     """The validation images, each process's share of them with --dist-eval, and the number of classes."""
     transform = build_transform(False, args.data_set, args.input_size)
     dataset, num_classes = build_dataset(False, args.data_set, args.data_path, transform, args.inat_category)
     sharded = args.dist_eval and world.size > 1
     sampler = ShardSampler(dataset, world.rank, world.size) if sharded else None
-    view = EvaluationView(dataset, (3, args.input_size, args.input_size))
+    view = EvaluationView(dataset, args.input_size)
     return build_loader(view, args, device, world, batch_size=args.batch_size, sampler=sampler), num_classes, sharded
 
 
@@ -260,8 +301,9 @@ def evaluate_checkpoint(args, checkpoint, epoch, device, precision, world, say):
     mode = "as built"
     if epoch is not None:
         mode = apply_token_schedule(model, max(epoch, 0), args.prune_warmup_epoch, args.stage_wise_epoch)
-    model, _ = precision.prepare(model.to(device))
-    stats = evaluate(loader, model, device, sharded, show=world.is_main, precision=precision)
+    channels_last = uses_channels_last(args, device)
+    model, _ = precision.prepare(arrange(model.to(device), args, device, channels_last))
+    stats = evaluate(loader, model, device, sharded, world.is_main, precision, channels_last)
     say("Evaluated {} ({}, {}) on {} images of {}".format(
         args.resume, "averaged weights" if args.eval_ema else "weights", mode, stats["images"], args.data_set))
     say("Acc@1 {acc1:.3f}  Acc@5 {acc5:.3f}  loss {loss:.4f}  images/s {images_per_s:.1f}".format(**stats))
@@ -277,6 +319,20 @@ def save_export(model, args, say):
     export_weights(model, args.export_weights, {"args": {
         name: getattr(args, name) for name in ("model", "input_size", "data_set", "inat_category")}})
     say("The weights now lie in {}".format(args.export_weights))
+
+
+def uses_channels_last(args, device):
+    """The memory format that the flags ask for, or that suits the device."""
+    return compat.prefers_channels_last(device.type) if args.channels_last is None else args.channels_last
+
+
+def arrange(model, args, device, channels_last):
+    """`model` in its memory format, and with --compile compiled when it is first called."""
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.compile:
+        compat.compile_module(model, device.type, fullgraph=args.model.startswith("EvoLeViT"))
+    return model
 
 
 def build_criterion(args, mixup_active, num_classes, teacher):
@@ -301,13 +357,8 @@ def train(args, given, checkpoint, path, device, precision, world, say):
     args.input_size = args.input_size or default_input_size(args.model)
     distil = args.distillation_type != "none"
 
-    transform = build_transform(True, args.data_set, args.input_size, args.color_jitter, args.aa,
-                                args.train_interpolation, args.reprob, args.remode, args.recount)
-    dataset, num_classes = build_dataset(True, args.data_set, args.data_path, transform, args.inat_category)
+    train_loader, sampler, images, num_classes = build_train_loader(args, device, world)
     val_loader, _, sharded = build_val_loader(args, device, world)
-    sampler = build_train_sampler(dataset, args.batch_size, world.rank, world.size, args.accum_steps, args.repeated_aug,
-                                  args.seed)
-    train_loader = build_loader(TrainingView(dataset), args, device, world, batch_sampler=sampler)
 
     model = build_model(args.model, num_classes, args.input_size, distil, args.drop_path)
     if args.finetune:
@@ -317,9 +368,19 @@ def train(args, given, checkpoint, path, device, precision, world, say):
             raise UserError("--finetune: no tensor of {} fits {}".format(args.finetune, args.model))
         model.load_state_dict(state, strict=False)
         say("Finetuning from {}; of its tensors left out: {}".format(args.finetune, ", ".join(left_out) or "none"))
-    teacher = build_teacher(args.teacher_model, args.teacher_path, num_classes, device) if distil else None
+    labels = teacher = None
+    if args.teacher_labels:
+        labels = TeacherLabels(args.teacher_labels,
+                               label_settings(args, world.size * args.accum_steps, images, num_classes))
+        say("Teacher labels: {} epochs in {}".format(labels.epochs, args.teacher_labels))
+    elif distil and args.distillation_alpha != 0:
+        teacher = build_teacher(args, num_classes, device, precision.dtype, uses_channels_last(args, device))
 
     n_parameters = describe(model, args, device, precision, world, say)
+    flops = 2 * (3 * count_macs(model, args.input_size) + (
+        count_macs(teacher.model, args.teacher_input_size or args.input_size) if teacher else 0))  # of a training image
+    matmul_rate = measure_matmul_rate(device, precision.dtype) * world.size
+    channels_last = uses_channels_last(args, device)
     model.to(device)
     base_lr = args.lr
     args.lr = base_lr * args.batch_size * world.size * args.accum_steps / 512
@@ -331,16 +392,12 @@ def train(args, given, checkpoint, path, device, precision, world, say):
         model_ema = ModelEma(model, args.model_ema_decay)
         if args.model_ema_force_cpu:
             model_ema.module.cpu()
-    model, optimizer = precision.prepare(model, optimizer, teacher)
-    parallel = model
-    if world.size > 1:
-        # Layer-wise and stage-wise training use different parameters, so DDP must look for the unused ones.
-        parallel = torch.nn.parallel.DistributedDataParallel(
-            model, device_ids=None if device.type == "cpu" else [device.index],
-            find_unused_parameters=True, **compat.no_buffer_broadcast())
+    model, optimizer = precision.prepare(arrange(model, args, device, channels_last), optimizer, teacher)
+    if args.compile and teacher is not None:
+        compat.compile_module(teacher.model, device.type, fullgraph=False)
 
     global_batch = args.batch_size * world.size * args.accum_steps
-    describe_training(args, global_batch, world, len(dataset), sampler.updates, scaled_lr, say)
+    describe_training(args, global_batch, world, images, sampler.updates, scaled_lr, say)
 
     criterion, mixup_fn = build_criterion(args, mixup_active, num_classes, teacher)
     args.processes, args.global_batch = world.size, global_batch
@@ -356,6 +413,7 @@ def train(args, given, checkpoint, path, device, precision, world, say):
     distributed.barrier()
     agreement = Agreement(timedelta(minutes=args.dist_timeout))
     start, updates = time.time(), 0
+    parallel = parallel_mode = None
     with Signals() as signals:
         control = Control(agreement, signals, args.save_every_steps, args.save_every_minutes, args.max_bad_images,
                           args.skip_nonfinite)
@@ -373,14 +431,17 @@ def train(args, given, checkpoint, path, device, precision, world, say):
             mode = apply_token_schedule(model, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
             if model_ema is not None:
                 apply_token_schedule(model_ema.module, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
+            if mode != parallel_mode:  # layer-wise and stage-wise training use different parameters
+                parallel, parallel_mode = distributed.parallelize(model, device, device.type != "npu"), mode
             done = state.done(global_batch, world.rank)
-            sampler.set_epoch(epoch, done[0])
+            sampler.set_epoch(epoch if labels is None else labels.crop_epoch(epoch), done[0])
             train_stats = train_one_epoch(
                 parallel, criterion, train_loader, optimizer, device, epoch, control, args.accum_steps, args.clip_grad,
                 args.clip_mode, model_ema, mixup_fn, world.size, world.rank, world.is_main, precision,
-                args.max_steps and args.max_steps - updates, args.seed, done, save_inside_epoch)
+                args.max_steps and args.max_steps - updates, args.seed, done, save_inside_epoch, channels_last, labels)
+            train_stats["mfu"] = flops * train_stats["train_images_per_s"] / matmul_rate
             distributed.broadcast_buffers(model)
-            test_stats = evaluate(val_loader, model, device, sharded, world.is_main, precision)
+            test_stats = evaluate(val_loader, model, device, sharded, world.is_main, precision, channels_last)
             lr_scheduler.step(epoch, test_stats["acc1"])
             best = test_stats["acc1"] > state.max_accuracy
             state.max_accuracy = max(state.max_accuracy, test_stats["acc1"])
@@ -392,10 +453,9 @@ def train(args, given, checkpoint, path, device, precision, world, say):
             state.epoch, state.progress = epoch + 1, None
             if world.is_main:
                 state.save(best)
-            say("Epoch {} ({}): train loss {:.4f}, {:.1f} images/s; test Acc@1 {:.3f}, Acc@5 {:.3f}, loss {:.4f}; "
-                "best Acc@1 {:.3f}".format(epoch, mode, train_stats["train_loss"], train_stats["train_images_per_s"],
-                                           test_stats["acc1"], test_stats["acc5"], test_stats["loss"],
-                                           state.max_accuracy))
+            say("Epoch {epoch} ({mode}): train loss {train_loss:.4f}, {train_images_per_s:.1f} images/s ({mfu:.0%} of the "
+                "matmul rate, {waiting_for_data:.0%} waiting for data); test Acc@1 {test_acc1:.3f}, Acc@5 {test_acc5:.3f}, "
+                "loss {test_loss:.4f}; best Acc@1 {best:.3f}".format(best=state.max_accuracy, **log))
             distributed.barrier()
             updates += train_stats["updates"] - done[0]
             if updates == args.max_steps:
@@ -412,6 +472,36 @@ def train(args, given, checkpoint, path, device, precision, world, say):
     say("Training time {}; {} holds the weights of the last epoch and of the best".format(
         timedelta(seconds=int(time.time() - start)), args.output_dir))
     return model
+
+
+def write_labels(args, device, precision, world, say):
+    """`--write-teacher-labels`: stores what the teacher says of --epochs epochs' crops; epochs that are stored stay."""
+    mixup_active = check_recipe(args)
+    check_model_name(args.model)
+    args.input_size = args.input_size or default_input_size(args.model)
+    loader, sampler, images, num_classes = build_train_loader(args, device, world)
+    channels_last = uses_channels_last(args, device)
+    teacher = build_teacher(args, num_classes, device, precision.dtype, channels_last)
+    precision.prepare(teacher)
+    if args.compile:
+        compat.compile_module(teacher.model, device.type, fullgraph=False)
+    criterion, mixup_fn = build_criterion(args, mixup_active, num_classes, teacher)
+    replicas = world.size * args.accum_steps
+    writer = LabelWriter(args.write_teacher_labels, label_settings(args, replicas, images, num_classes))
+    own = [world.rank * args.accum_steps + i for i in range(args.accum_steps)]
+    say("Teacher: {}, labels of {:,} images x {} epochs".format(
+        args.teacher_model, sampler.updates * args.batch_size * replicas, args.epochs))
+    for epoch in range(args.epochs):
+        if all(writer.has(epoch, replica) for replica in own):
+            continue
+        sampler.set_epoch(epoch)
+        labels = label_epoch(loader, criterion, device, epoch, args.accum_steps, mixup_fn, world.size, world.rank,
+                             world.is_main, precision, args.seed, channels_last)
+        for replica, batches in zip(own, labels):
+            writer.write(epoch, replica, batches)
+    distributed.barrier()
+    say("The labels lie in {}; train with --teacher-labels {}".format(args.write_teacher_labels, args.write_teacher_labels))
+    return teacher
 
 
 def run(args, given):
@@ -435,7 +525,7 @@ def run(args, given):
     elif args.resume:
         checkpoint = load_checkpoint(args.resume, "--resume")
     device = devices.select_device(args.device, world.local_rank, world.local_size, args.device_id, say)
-    precision = build_precision(device, args.amp_backend, args.opt_level, args.loss_scale)
+    precision = build_precision(device, args.amp_backend, args.opt_level, args.loss_scale, args.amp_dtype)
     seed_everything(args.seed + world.rank)
     distributed.init_processes(world, device, args.dist_url, timedelta(minutes=args.dist_timeout))
     try:
@@ -443,6 +533,8 @@ def run(args, given):
             saved = saved_settings(checkpoint, args.resume, "--resume")
             take_from_checkpoint(args, given, saved)
             return evaluate_checkpoint(args, checkpoint, saved.get("epoch"), device, precision, world, say)
+        if args.write_teacher_labels:
+            return write_labels(args, device, precision, world, say)
         return train(args, given, checkpoint, path, device, precision, world, say)
     finally:
         distributed.close_processes()
@@ -459,6 +551,9 @@ def main(argv=None):
     except Stopped:
         tell("Stopped as asked; to go on: the same command with --resume auto", sys.stdout)
         sys.exit(0)
+    except KeyboardInterrupt:  # training itself stops by way of Signals
+        tell("Interrupted", sys.stderr)
+        sys.exit(130)
     except NonFiniteLoss as error:
         path = write_report(args.output_dir, error)
         print("error: training stopped: {} in epoch {epoch}, update {update}, at learning rate {lr:.3g}, loss scale "

@@ -133,6 +133,54 @@ else:
             return x * nn.functional.relu6(x + 3) / 6
 
 
+# --- torch before 1.9 cannot be asked for a stable sort, by which equal values fall the same way on every device.
+def stable_argsort_descending(x):
+    """Places in which x (B, N) descends; of equal values the first comes first where PyTorch can do that."""
+    if _numbers(torch.__version__) >= (1, 9):
+        return torch.sort(x, dim=1, descending=True, stable=True)[1]
+    return x.argsort(dim=1, descending=True)
+
+
+# --- torch before 2.1 has no fused attention with a scale of one's own. On a CPU it is slower than the plain products for heads of such sizes
+# (values twice as wide as keys), so it serves accelerators.
+_fused_attention = nn.functional.scaled_dot_product_attention if _numbers(torch.__version__) >= (2, 1) else None
+
+
+def attention(q, k, v, scale):
+    """Scaled dot-product attention, and what the class token, at place 0, pays every token.
+
+    q (B, heads, Q, key), k (B, heads, T, key), v (B, heads, T, value) -> (B, heads, Q, value), (B, T) averaged over heads.
+    """
+    if _fused_attention is None or q.device.type == "cpu":
+        attn = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, Q, T)
+        return attn @ v, attn[:, :, 0].mean(dim=1)
+    class_attn = (q[:, :, :1] * scale @ k.transpose(-2, -1)).softmax(dim=-1)  # one row of what the fused kernel hides
+    return _fused_attention(q, k, v, scale=scale), class_attn[:, :, 0].mean(dim=1)
+
+
+# --- On AMD's CPUs the library behind PyTorch's float32 matrix products keeps to AVX2, while the one behind its convolutions
+# uses AVX-512 where there is such: twice as fast there. Older PyTorch has other convolutions.
+def _is_amd_cpu():
+    try:
+        with open("/proc/cpuinfo") as f:
+            return "AuthenticAMD" in f.read()
+    except OSError:
+        return False
+
+
+_LINEAR_BY_CONVOLUTION = _numbers(torch.__version__) >= (2, 4) and torch.backends.mkldnn.is_available() and _is_amd_cpu()
+
+
+def linear(x, weight, bias=None):
+    """torch.nn.functional.linear, (..., C_in) -> (..., C_out), as a 1x1 convolution where that is faster."""
+    by_convolution = _LINEAR_BY_CONVOLUTION and x.device.type == "cpu" and x.dtype is torch.float32
+    if not by_convolution or torch.is_autocast_enabled("cpu"):
+        return nn.functional.linear(x, weight, bias)
+    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C_in, rows, 1), channels last
+    y = nn.functional.conv2d(rows, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(x.shape[:-1] + weight.shape[:1])
+
+
 # --- torch before 2.5 has no allow-list for what torch.load may build, so a restricted unpickler does the same.
 def _safe_globals():
     """{(module, name): object} that a checkpoint may name beyond tensors: DeiT's family pickles its arguments and
@@ -202,12 +250,19 @@ def persistent_workers(num_workers):
     return {"persistent_workers": True} if known and num_workers > 0 else {}
 
 
-# --- current line: DistributedDataParallel's `broadcast_buffers` has a new name, and warns under the old one.
-def no_buffer_broadcast():
-    """Keyword arguments for a DistributedDataParallel that leaves each process its own buffers while training."""
+# --- current line: DistributedDataParallel's `broadcast_buffers` has a new name, and warns under the old one. Older
+# PyTorch has no static graph, and looks for the parameters without a gradient in every step.
+def data_parallel_options(gradient_views):
+    """Keyword arguments for a DistributedDataParallel around a model that uses the same parameters in every step, not
+    all of them, and keeps its own buffers. gradient_views: gradients lie in the buckets that are sent."""
     import inspect
     known = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
-    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    options = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    if "static_graph" in known:
+        options.update(static_graph=True, gradient_as_bucket_view=gradient_views)
+    else:
+        options.update(find_unused_parameters=True)
+    return options
 
 
 # --- torch 1.5 has no autocast and no gradient scaler; torch before 1.10 has them for CUDA alone (and the vendor's NPU
@@ -220,12 +275,12 @@ def has_autocast(device_type):
     return hasattr(amp, "autocast") and hasattr(amp, "GradScaler")
 
 
-def autocast(device_type):
-    """Context of mixed precision: fp16, on a CPU bf16."""
+def autocast(device_type, dtype):
+    """Context of mixed precision in `dtype`; older PyTorch knows fp16 alone."""
     if device_type == "npu":
-        return torch.npu.amp.autocast()
+        return torch.npu.amp.autocast(**({} if dtype is torch.float16 else {"dtype": dtype}))
     if hasattr(torch, "autocast"):
-        return torch.autocast(device_type, dtype=torch.bfloat16 if device_type == "cpu" else torch.float16)
+        return torch.autocast(device_type, dtype=dtype)
     return torch.cuda.amp.autocast()
 
 
@@ -237,6 +292,52 @@ def grad_scaler(device_type, fixed_scale=None):
     if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):
         return torch.amp.GradScaler(device_type, **options)
     return torch.cuda.amp.GradScaler(**options)
+
+
+# --- torch before 1.9 has no inference mode.
+inference_mode = getattr(torch, "inference_mode", torch.no_grad)
+
+
+# --- torch before 2.0 has no reliable operators on lists of tensors.
+HAS_FOREACH = _numbers(torch.__version__) >= (2, 0)
+
+
+def lerp_(starts, ends, weight):
+    """starts += weight * (ends - starts), in place, for two lists of tensors."""
+    if HAS_FOREACH:
+        torch._foreach_lerp_(starts, ends, weight)
+    else:
+        for start, end in zip(starts, ends):
+            start.lerp_(end, weight)
+
+
+# --- torch before 2.4 has a fused AdamW for CUDA at most.
+def fused_adamw(device_type):
+    """Keyword arguments for a torch.optim.AdamW that updates all parameters in one kernel, where there is such a one."""
+    known = device_type in ("cpu", "cuda") and _numbers(torch.__version__) >= (2, 4)
+    return {"fused": True} if known else {}
+
+
+# --- torch before 2.2 cannot compile a module in place.
+def can_compile():
+    """Whether `compile_module` works."""
+    return hasattr(nn.Module, "compile")
+
+
+def compile_module(module, device_type, fullgraph=True, frozen=False):
+    """Lets `module` be compiled when it is first called. frozen: its weights never change. Returns it.
+
+    On a CPU the compiler leaves memory formats alone: the rearrangements that it adds cost more than they bring.
+    """
+    options = {"layout_optimization": False, "freezing": frozen} if device_type == "cpu" else {"freezing": frozen}
+    module.compile(fullgraph=fullgraph, options=options)
+    return module
+
+
+# --- channels-last is slower before torch 2.0 on a CPU, and an NPU has a format of its own.
+def prefers_channels_last(device_type):
+    """Whether convolutions are faster with images and weights in channels-last memory format."""
+    return device_type in ("cpu", "cuda") and _numbers(torch.__version__) >= (2, 0)
 
 
 # --- torch 1.5 writes its older file format unless told otherwise; the newer one carries checksums.

@@ -3,17 +3,18 @@
 
 Every block scores the patch tokens by the attention that the class token pays them. The best of them are updated by
 attention and MLP (slowly); the others are averaged into one representative token, updated with the slow ones, whose
-residuals are then added to each of them (fast). Scores and grid positions travel through `forward` as values
-(`TokenState`), so models never share state.
+residuals are then added to each of them (fast). Scores travel through `forward` as values (`TokenState`), so models
+never share state.
 
 Parameter names are those of the reference implementation, so that its checkpoints load with strict=True.
 """
 from typing import NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from .compat import Hardswish, register_model, trunc_normal_
+from .compat import Hardswish, attention, register_model, stable_argsort_descending, trunc_normal_
 from .layers import BN_Linear, Conv2d_BN, Linear_BN, fuse_batch_norms
 
 PATCH_SIZE = 16  # the stem's four stride-2 convolutions
@@ -23,9 +24,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class TokenState(NamedTuple):
-    """What travels beside the tokens from block to block, in the order in which the patch tokens stand."""
+    """What travels beside the tokens from block to block. Patch tokens keep their places, row by row in the grid."""
     score: Optional[torch.Tensor]  # (B, N) global class attention; None before the first attention
-    index: torch.Tensor  # (B, N) int64, each patch token's place in the stem's grid of H / 16 rows, row by row
+    slow: Optional[torch.Tensor] = None  # (B, K) int64 places of the tokens selected last, best first; None: not in this stage
 
 
 class Mode(NamedTuple):
@@ -36,43 +37,35 @@ class Mode(NamedTuple):
 
 # --------------------------------------------------------------------------------------------- token selection
 
-def _gather_tokens(x, order):
-    """Tokens of x (B, N, C) in the order given by `order` (B, N)."""
-    return x.contiguous().gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-
-
-def _sort_patches(x, state, order):
-    """Brings the patch tokens of x (B, 1 + N, C) and their state into `order` (B, N); the class token stays first."""
-    x = torch.cat((x[:, :1], _gather_tokens(x[:, 1:], order)), dim=1)
-    return x, TokenState(state.score.contiguous().gather(1, order), state.index.contiguous().gather(1, order))
-
-
 def _evolve(residuals, x, state, num_slow, learned):
     """Slow-fast updating (paper, section 3.3): runs `residuals` on the class token, the `num_slow` best patch tokens
     and the representative token; every other token receives the representative's residuals.
 
-    x is (B, 1 + N, C); returns it and the state sorted by score, best first.
+    x is (B, 1 + N, C) and its tokens stay in their places: only the slow ones are read out and written back. Of equal
+    scores the first in the grid is taken (where PyTorch has a stable sort, 1.9 on).
     """
-    x, state = _sort_patches(x, state, state.score.argsort(dim=1, descending=True))
-    slow, fast = x[:, :1 + num_slow], x[:, 1 + num_slow:]
+    slow = stable_argsort_descending(state.score)[:, :num_slow]  # (B, K)
+    places = F.pad(slow + 1, (1, 0)).unsqueeze(-1).expand(-1, -1, x.shape[-1])  # the class token's place is 0
 
-    weight = state.score[:, num_slow:]
+    weight = state.score.scatter(1, slow, 0.0)
     weight = weight / weight.sum(dim=1, keepdim=True)
-    representative = (weight.unsqueeze(-1) * fast).sum(dim=1, keepdim=True)  # (B, 1, C)
+    representative = F.pad(weight, (1, 0)).unsqueeze(1) @ x  # (B, 1, C)
 
-    slow, score = torch.cat((slow, representative), dim=1), state.score
+    tokens = torch.cat((x.gather(1, places), representative), dim=1)  # (B, 1 + K + 1, C)
+    score = state.score.gather(1, slow)
     for residual in residuals:
-        delta, score = residual.delta(slow, score, num_slow, learned)
-        slow = slow + delta
-        fast = fast + delta[:, -1:]
-    return torch.cat((slow[:, :-1], fast), dim=1), TokenState(score, state.index)
+        tokens, score = residual(tokens, score, learned)
+    updated, evolved = tokens.split([1 + num_slow, 1], dim=1)
+    x = (x + (evolved - representative)).scatter(1, places, updated)
+    return x, TokenState(state.score.scatter(1, slow, score), slow)
 
 
 def _update_all(residuals, x, state, mode):
     """Runs `residuals` on every token: no selection."""
+    score = state.score
     for residual in residuals:
-        x, state = residual(x, state, mode)
-    return x, state
+        x, score = residual(x, score, mode.learned)
+    return x, TokenState(score, state.slow)
 
 
 # --------------------------------------------------------------------------------------------- attention
@@ -89,11 +82,9 @@ class _ClassAttention(nn.Module):
         self.scale = key_dim ** -0.5
 
     def blend(self, score, class_attn, learned):
-        """g <- (1 - t) g + t a for the leading tokens that `class_attn` (B, n) covers; the others keep their score."""
-        num = class_attn.shape[1]
+        """g <- (1 - t) g + t a, both (B, n)."""
         tradeoff = torch.sigmoid(self.learn_tradeoff) if learned else 0.5
-        blended = (1 - tradeoff) * score[:, :num] + tradeoff * class_attn
-        return blended if num == score.shape[1] else torch.cat((blended, score[:, num:]), dim=1)
+        return (1 - tradeoff) * score + tradeoff * class_attn
 
     def attention_macs(self, queries, keys):
         """Multiply-adds of the two attention products for one image, which no layer inside shows."""
@@ -111,21 +102,21 @@ class Attention(_ClassAttention):
     def macs(self, x, *_):
         return self.attention_macs(x.shape[1], x.shape[1])
 
-    def forward(self, x, score, num_slow, learned):
-        """x (B, T, C): class token, `num_slow` patch tokens, and possibly the representative.
+    def forward(self, x, score, learned):
+        """x (B, T, C): class token, patch tokens, and possibly the representative, which has no score.
 
-        Returns the attended tokens (B, T, C) and the updated scores (B, N).
+        score: (B, n) of the n patch tokens, or None for the first attention. Returns the attended tokens (B, T, C) and
+        the updated scores.
         """
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, heads, T, 2 key + value)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=3)
-        attn = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)  # (B, heads, T, T)
+        x, class_attn = attention(q, k, v, self.scale)  # (B, heads, T, value), (B, T)
 
-        class_attn = attn[:, :, 0, 1:1 + num_slow].mean(dim=1)  # (B, num_slow)
+        n = T - 1 if score is None else score.shape[1]
+        class_attn = class_attn[:, 1:1 + n]
         score = class_attn if score is None else self.blend(score, class_attn, learned)
-
-        x = (attn @ v).transpose(1, 2).reshape(B, T, -1)
-        return self.proj(x), score
+        return self.proj(x.transpose(1, 2).reshape(B, T, -1)), score
 
 
 class Subsample(nn.Module):
@@ -158,27 +149,20 @@ class AttentionSubsample(_ClassAttention):
         return self.attention_macs(self.num_queries, x.shape[1])
 
     def forward(self, x, state, mode):
-        """x (B, 1 + N, C_in) in any order -> (B, 1 + N', C_out) in grid order, with scores of unchanged sum."""
-        score_sum = state.score.sum(dim=1, keepdim=True)
-        x, state = _sort_patches(x, state, state.index.argsort(dim=1))  # every token back to its place in the grid
+        """x (B, 1 + N, C_in) -> (B, 1 + N', C_out), with scores of unchanged sum."""
         x = x + self.poss
-
         B, T, _ = x.shape
         subsample, project_q = self.q
         kv = self.kv(x).view(B, T, self.num_heads, -1).transpose(1, 2)
         k, v = kv.split([self.key_dim, self.value_dim], dim=3)  # (B, heads, T, key), (B, heads, T, value)
         q = project_q(torch.cat((x[:, :1], subsample(x[:, 1:])), dim=1))
         q = q.view(B, -1, self.num_heads, self.key_dim).transpose(1, 2)  # (B, heads, 1 + N', key)
-        attn = (q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)
+        x, class_attn = attention(q, k, v, self.scale)
 
-        class_attn = attn[:, :, 0, 1:].mean(dim=1)  # (B, N)
-        score, class_attn = subsample(torch.stack((state.score, class_attn), dim=-1)).unbind(-1)
+        score, class_attn = subsample(torch.stack((state.score, class_attn[:, 1:]), dim=-1)).unbind(-1)
         score = self.blend(score, class_attn, mode.learned)
-        score = score * (score_sum / score.sum(dim=1, keepdim=True))
-        index = subsample(state.index.unsqueeze(-1)).squeeze(-1)
-
-        x = (attn @ v).transpose(1, 2).reshape(B, q.shape[2], -1)
-        return self.proj(x), TokenState(score, index)
+        score = score * (state.score.sum(dim=1, keepdim=True) / score.sum(dim=1, keepdim=True))
+        return self.proj(x.transpose(1, 2).reshape(B, q.shape[2], -1)), TokenState(score)
 
 
 # --------------------------------------------------------------------------------------------- blocks
@@ -191,27 +175,23 @@ class Residual(nn.Module):
         self.m = m
         self.drop = drop
 
-    def run(self, x, score, num_slow, learned):
+    def branch(self, x, score, learned):
         return self.m(x), score
 
-    def delta(self, x, score, num_slow, learned):
-        """The residual (B, T, C) to add to x, and the scores."""
-        out, score = self.run(x, score, num_slow, learned)
+    def forward(self, x, score, learned):
+        """x (B, T, C) and the scores (B, n) of its patch tokens, both updated."""
+        out, score = self.branch(x, score, learned)
         if self.training and self.drop > 0:
             kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop
             out = out * kept.to(out.dtype) / (1 - self.drop)
-        return out, score
-
-    def forward(self, x, state, mode):
-        delta, score = self.delta(x, state.score, x.shape[1] - 1, mode.learned)
-        return x + delta, TokenState(score, state.index)
+        return x + out, score
 
 
 class AttentionResidual(Residual):
     """The residual branch of an Attention, which reads and updates the scores."""
 
-    def run(self, x, score, num_slow, learned):
-        return self.m(x, score, num_slow, learned)
+    def branch(self, x, score, learned):
+        return self.m(x, score, learned)
 
 
 class EvoBlock(nn.Module):
@@ -356,18 +336,20 @@ class EvoLeViT(nn.Module):
             setattr(self, name, head.to(device=like.device, dtype=like.dtype))
 
     def forward_tokens(self, x):
-        """Images (B, 3, H, H) -> (tokens (B, 1 + N, C) in their final order, TokenState of the patch tokens)."""
+        """Images (B, 3, H, H) -> (class token and patch tokens (B, 1 + N, C), TokenState of the patch tokens)."""
         if tuple(x.shape[-2:]) != (self.img_size, self.img_size):
             raise ValueError("this Evo-LeViT was built for {0} x {0} images and got {1} x {2}; "
                              "build it with img_size set to the size of the images"
                              .format(self.img_size, x.shape[-2], x.shape[-1]))
         mode = Mode(self.token_selection, self.learn_tradeoff)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, C)
-        B, N, _ = x.shape
-        state = TokenState(None, torch.arange(N, device=x.device).expand(B, -1))
-        x = torch.cat((self.cls_token.expand(B, -1, -1), x), dim=1) + self.poss
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.poss
+        state = TokenState(None)
         for block in (self.stage_blocks if self.stage_wise else self.blocks):
-            x, state = block(x, state, mode)
+            if isinstance(block, Residual):
+                x, state = _update_all((block,), x, state, mode)
+            else:
+                x, state = block(x, state, mode)
         return x, state
 
     def forward_features(self, x):

@@ -2,10 +2,10 @@
 import torch
 from torch import nn
 
-from .compat import trunc_normal_
+from .compat import linear, trunc_normal_
 
 
-def _bn_scale_shift(bn):
+def bn_scale_shift(bn):
     """The affine map that `bn` applies in eval mode: y = scale * x + shift, each (channels,)."""
     scale = bn.weight / (bn.running_var + bn.eps) ** 0.5
     return scale, bn.bias - bn.running_mean * scale
@@ -30,9 +30,16 @@ class Conv2d_BN(nn.Sequential):
     @torch.no_grad()
     def fuse(self):
         """The single nn.Conv2d that equals this pair in eval mode, in the same dtype."""
-        scale, shift = _bn_scale_shift(self.bn)
+        scale, shift = bn_scale_shift(self.bn)
         conv = nn.Conv2d(self.c.in_channels, self.c.out_channels, self.c.kernel_size, self.c.stride, self.c.padding)
         return _filled(conv, self.c.weight * scale[:, None, None, None], shift)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by the fastest way there is, (..., C_in) -> (..., C_out)."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 class Linear_BN(nn.Sequential):
@@ -40,7 +47,7 @@ class Linear_BN(nn.Sequential):
 
     def __init__(self, in_features, out_features, bn_weight_init=1.0):
         super().__init__()
-        self.add_module("c", nn.Linear(in_features, out_features, bias=False))
+        self.add_module("c", Linear(in_features, out_features, bias=False))
         self.add_module("bn", nn.BatchNorm1d(out_features))
         nn.init.constant_(self.bn.weight, bn_weight_init)
 
@@ -50,10 +57,9 @@ class Linear_BN(nn.Sequential):
 
     @torch.no_grad()
     def fuse(self):
-        """The single nn.Linear that equals this pair in eval mode, in the same dtype."""
-        scale, shift = _bn_scale_shift(self.bn)
-        linear = nn.Linear(self.c.in_features, self.c.out_features)
-        return _filled(linear, self.c.weight * scale[:, None], shift)
+        """The single Linear that equals this pair in eval mode, in the same dtype."""
+        scale, shift = bn_scale_shift(self.bn)
+        return _filled(Linear(self.c.in_features, self.c.out_features), self.c.weight * scale[:, None], shift)
 
 
 class BN_Linear(nn.Sequential):
@@ -69,9 +75,8 @@ class BN_Linear(nn.Sequential):
     @torch.no_grad()
     def fuse(self):
         """The single nn.Linear that equals this pair in eval mode, in the same dtype."""
-        scale, shift = _bn_scale_shift(self.bn)
-        linear = nn.Linear(self.l.in_features, self.l.out_features)
-        return _filled(linear, self.l.weight * scale[None, :], self.l.weight @ shift + self.l.bias)
+        scale, shift = bn_scale_shift(self.bn)
+        return _filled(nn.Linear(self.l.in_features, self.l.out_features), self.l.weight * scale[None, :], self.l.weight @ shift + self.l.bias)
 
 
 def fuse_batch_norms(module):

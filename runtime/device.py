@@ -100,9 +100,11 @@ def peak_memory_mb(device):
     """Peak memory so far in MiB: what PyTorch allocated on an accelerator, the process's resident set on CPU."""
     if device.type != "cpu":
         return getattr(torch, device.type).max_memory_allocated() / 2 ** 20
+    if os.path.exists("/proc/self/status"):  # ru_maxrss can be that of the program which started this one
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2 ** 10
     import resource  # not on Windows, where this line is not reached by the supported launchers
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # macOS counts bytes
 
 
 def main(processes, first, flags):
@@ -124,3 +126,22 @@ def main(processes, first, flags):
 
 if __name__ == "__main__":
     sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
+
+
+def start_reading(value):
+    """Starts to bring a tensor of one element to the host, and returns a function that waits for it and gives the number.
+
+    On an accelerator the host then waits only for what was queued before this call, not for what comes after.
+    """
+    module = getattr(torch, value.device.type, None)
+    if value.device.type == "cpu" or not hasattr(module, "Event"):
+        return value.item
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    host.copy_(value, non_blocking=True)
+    event = module.Event()
+    event.record()
+
+    def wait():
+        event.synchronize()
+        return host.item()
+    return wait

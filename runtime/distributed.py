@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from evo_vit import compat
+
 from .device import BACKENDS
 from .errors import UserError
 
@@ -84,6 +86,20 @@ def sum_over_processes(values, device):
     total = torch.tensor(values, dtype=dtype, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def parallelize(model, device, gradient_views=True):
+    """`model` with gradients that are averaged over all processes; the model itself where there is one process.
+
+    To be called again when the set of parameters that have a gradient changes: which they are is found in the first step
+    and then not looked for any more. gradient_views: spare a copy of each gradient; not for an optimiser that puts its own
+    tensors in their place.
+    """
+    if not is_distributed():
+        return model
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=None if device.type == "cpu" else [device.index],
+        **compat.data_parallel_options(gradient_views))
 
 
 def broadcast_buffers(model):

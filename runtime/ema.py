@@ -3,9 +3,11 @@ import copy
 
 import torch
 
+from evo_vit import compat
+
 
 class ModelEma:
-    """Keeps `module`, a copy of the model whose every float tensor follows ema <- decay * ema + (1 - decay) * model.
+    """Keeps `module`, a copy of the model whose every float tensor follows ema <- ema + (1 - decay) * (model - ema).
 
     timm's class walks state_dict(), where Evo-LeViT's blocks stand under two names; here each tensor is averaged once.
     """
@@ -18,10 +20,12 @@ class ModelEma:
     @torch.no_grad()
     def update(self, model):
         """Takes one step towards `model`, which has the structure of the copied one."""
+        averages, values = [], []
         for ours, theirs in ((self.module.parameters(), model.parameters()), (self.module.buffers(), model.buffers())):
             for average, value in zip(ours, theirs):
-                value = value.to(average.device)
                 if average.is_floating_point():
-                    average.mul_(self.decay).add_(value, alpha=1 - self.decay)
+                    averages.append(average)
+                    values.append(value.detach().to(device=average.device, dtype=average.dtype))
                 else:
                     average.copy_(value)
+        compat.lerp_(averages, values, 1 - self.decay)

@@ -1,7 +1,8 @@
 """The optimiser: timm's by name, except that AdamW on an NPU is Ascend's fused one."""
 import torch
-from timm.optim import create_optimizer
+from timm.optim import create_optimizer, create_optimizer_v2, optimizer_kwargs
 
+from evo_vit import compat
 from fix_timm.optim_factory import add_weight_decay, npu_fused_adamw
 
 
@@ -11,8 +12,10 @@ def build_optimizer(args, model, device, amp_backend="none"):
     apex fuses gradients only for its own optimisers and torch_npu only for its own, so on an NPU AdamW comes from
     where `amp_backend` does.
     """
-    if device.type != "npu" or args.opt != "adamw":
+    if args.opt != "adamw":
         return create_optimizer(args, model)
+    if device.type != "npu":
+        return create_optimizer_v2(model, **dict(optimizer_kwargs(cfg=args), **compat.fused_adamw(device.type)))
     sources = ("apex.optimizers",) if amp_backend == "apex" else ("torch_npu.optim", "apex.optimizers")
     groups = add_weight_decay(model, args.weight_decay, model.no_weight_decay() if hasattr(model, "no_weight_decay") else ())
     options = dict(lr=args.lr, eps=args.opt_eps, weight_decay=0.0)
@@ -34,3 +37,13 @@ def complete_gradients(optimizer):
         for parameter in group["params"]:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+
+
+def load_optimizer_state(optimizer, state):
+    """optimizer.load_state_dict, except that how an update is computed (`fused`, `foreach`) stays this optimiser's own:
+    another device or another PyTorch may have written `state`."""
+    groups = state["param_groups"]
+    if len(groups) == len(optimizer.param_groups):
+        groups = [dict(saved, **{name: own[name] for name in ("fused", "foreach") if name in own})
+                  for saved, own in zip(groups, optimizer.param_groups)]
+    optimizer.load_state_dict(dict(state, param_groups=groups))

@@ -6,6 +6,8 @@ batch-norm statistics in float32; and so the global class attention, which is a 
 import inspect
 from contextlib import contextmanager
 
+import torch
+
 from evo_vit import compat
 
 from .errors import UserError
@@ -20,6 +22,7 @@ class Precision:
     name = "float32"
     backend = "none"
     loss_scale = None  # a number where the loss is scaled
+    dtype = None  # what autocast computes matrix products in; a frozen model may be cast to it
 
     def prepare(self, model, optimizer=None, teacher=None):
         """Called once, with the models on their device; returns (model, optimizer) to go on with."""
@@ -53,18 +56,18 @@ class Precision:
 
 
 class NativePrecision(Precision):
-    """torch.autocast, with a gradient scaler where the format is fp16. loss_scale: "dynamic", a number, or None."""
+    """torch.autocast in `dtype`, with a gradient scaler for fp16. loss_scale: "dynamic", a number, or None for bf16."""
 
     backend = "native"
 
-    def __init__(self, device_type, loss_scale):
+    def __init__(self, device_type, dtype, loss_scale):
         self._device_type = device_type
+        self.dtype = dtype
         fixed = None if loss_scale == "dynamic" else loss_scale
-        self._scaler = None if device_type == "cpu" else compat.grad_scaler(device_type, fixed)
+        self._scaler = compat.grad_scaler(device_type, fixed) if dtype is torch.float16 else None
         # torch_npu's scaler can keep its scale by itself; PyTorch's is set back to it after each update
         self._reset_to = [fixed] if fixed is not None and device_type != "npu" else []
-        self.name = "bf16 mixed (native O1)" if device_type == "cpu" else "fp16 mixed (native O1, loss scale {})".format(
-            loss_scale)
+        self.name = "fp16 mixed (native O1, loss scale {})".format(loss_scale) if self._scaler else "bf16 mixed (native O1)"
 
     @property
     def loss_scale(self):
@@ -72,7 +75,7 @@ class NativePrecision(Precision):
 
     @contextmanager
     def autocast(self):
-        with compat.autocast(self._device_type):
+        with compat.autocast(self._device_type, self.dtype):
             yield
 
     def backward(self, loss, optimizer, last=True):
@@ -162,12 +165,13 @@ def _import_apex():
     return amp
 
 
-def build_precision(device, amp_backend="auto", opt_level=None, loss_scale=None):
+def build_precision(device, amp_backend="auto", opt_level=None, loss_scale=None, amp_dtype=None):
     """The Precision of a run on `device`.
 
     amp_backend: auto (on an NPU apex if it is installed, else native; on CUDA native), apex, native or none.
     opt_level: O0 (float32), O1 or O2; None for O1 on an accelerator and O0 on a CPU.
     loss_scale: see parse_loss_scale; None for 128 on an NPU, else dynamic.
+    amp_dtype: fp16 or bf16, of PyTorch's own mixed precision; None for bf16 on a CPU, else fp16.
     Raises UserError for what does not go together or is not installed.
     """
     on_cpu = device.type == "cpu"
@@ -179,15 +183,21 @@ def build_precision(device, amp_backend="auto", opt_level=None, loss_scale=None)
     if on_cpu and (opt_level == "O2" or amp_backend == "apex"):
         raise UserError("{} needs an NPU or a CUDA device; on a CPU use --opt-level O1 (bf16) or O0 (float32)".format(
             "--opt-level O2" if opt_level == "O2" else "--amp-backend apex"))
-    if loss_scale is not None and (on_cpu or opt_level == "O0"):
+    if on_cpu and amp_dtype == "fp16":
+        raise UserError("--amp-dtype fp16 needs an NPU or a CUDA device; a CPU's mixed precision is bf16")
+    bf16 = on_cpu or amp_dtype == "bf16"
+    if loss_scale is not None and (bf16 or opt_level == "O0"):
         raise UserError("--loss-scale has no use in {}; leave it out".format("bf16" if opt_level == "O1" else "float32"))
+    if amp_dtype is not None and (opt_level != "O1" or amp_backend == "apex"):
+        raise UserError("--amp-dtype {} is for PyTorch's own mixed precision (--amp-backend native, --opt-level O1)"
+                        .format(amp_dtype))
     if opt_level == "O0":
         return Precision()
 
-    if loss_scale is None:
+    if loss_scale is None and not bf16:
         loss_scale = DEFAULT_NPU_LOSS_SCALE if device.type == "npu" else "dynamic"
     amp = None
-    if amp_backend == "apex" or amp_backend == "auto" and device.type == "npu":
+    if amp_backend == "apex" or amp_backend == "auto" and device.type == "npu" and amp_dtype is None:
         amp = _import_apex()
         if amp is None and amp_backend == "apex":
             raise UserError("--amp-backend apex: apex is not installed here; install {} or use --amp-backend native"
@@ -200,4 +210,4 @@ def build_precision(device, amp_backend="auto", opt_level=None, loss_scale=None)
     if not compat.has_autocast(device.type):
         raise UserError("this PyTorch has no mixed precision of its own on the {}; {} use --opt-level O0 (float32)".format(
             device.type, "install apex, or" if not on_cpu else "a newer one has, or"))
-    return NativePrecision(device.type, loss_scale)
+    return NativePrecision(device.type, torch.bfloat16 if bf16 else torch.float16, loss_scale)

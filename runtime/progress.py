@@ -24,6 +24,7 @@ class Progress:
         self.start = time.time()
         self.clock = (self.start, 0)  # time and image count from which speed is measured
         self.values = {}
+        self.waited = 0.0  # seconds that the loop has waited for `iterable`, since the clock was restarted
 
     def note(self, images, **values):
         """Counts `images` more (over all processes) and takes numbers to show, by name."""
@@ -33,6 +34,12 @@ class Progress:
     def restart_clock(self):
         """Speed is measured from here on."""
         self.clock = (time.time(), self.images)
+        self.waited = 0.0
+
+    @property
+    def waiting_share(self):
+        """Share of the time that the loop has waited for its next item."""
+        return self.waited / max(time.time() - self.clock[0], 1e-9)
 
     @property
     def seconds(self):
@@ -51,7 +58,15 @@ class Progress:
         self.start = time.time()
         self.clock = (self.start, 0)
         bar = tqdm(total=self.total, desc=self.header, file=sys.stderr, leave=False) if self.bar else None
-        for i, item in enumerate(self.iterable, 1):
+        iterator, i = iter(self.iterable), 0
+        while True:
+            asked = time.time()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                break
+            self.waited += time.time() - asked
+            i += 1
             yield item
             if bar is not None:
                 bar.set_postfix_str(self._text(), refresh=False)

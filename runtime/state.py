@@ -4,6 +4,7 @@ import os
 
 from .checkpoint import BEST, load_weights, model_state, save_checkpoint, save_newest, saved_settings, write_whole
 from .errors import UserError
+from .optimizer import load_optimizer_state
 
 
 class TrainingState:
@@ -65,7 +66,7 @@ class TrainingState:
             load_weights(self.model_ema.module, model_state(checkpoint, path, what, key), args.model, path, what)
         if "optimizer" in checkpoint:
             try:
-                self.optimizer.load_state_dict(checkpoint["optimizer"])
+                load_optimizer_state(self.optimizer, checkpoint["optimizer"])
                 self.lr_scheduler.load_state_dict(checkpoint["lr_scheduler"])
                 if checkpoint.get("amp_backend") == self.precision.backend and checkpoint["scaler"]:
                     self.precision.load_state_dict(checkpoint["scaler"])

@@ -12,12 +12,11 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 
 from datasets import build_train_sampler  # noqa: E402
-from evo_vit.compat import no_buffer_broadcast  # noqa: E402
 from engine import train_one_epoch  # noqa: E402
 from losses import DistillationLoss  # noqa: E402
 from runtime.control import Agreement, Control, Signals  # noqa: E402
 from runtime.device import select_device  # noqa: E402
-from runtime.distributed import close_processes, init_processes, read_world  # noqa: E402
+from runtime.distributed import close_processes, init_processes, parallelize, read_world  # noqa: E402
 from runtime.pictures import TrainingView, collate  # noqa: E402
 
 
@@ -27,21 +26,19 @@ def main(out, accum_steps):
     device = select_device("cpu")
     init_processes(world, device)
     generator = torch.Generator().manual_seed(5)
-    data = torch.utils.data.TensorDataset(torch.randn(160, 3, 64, 64, generator=generator, dtype=torch.float64),
-                                          torch.randint(0, 10, (160,), generator=generator))
+    pixels = torch.randint(0, 256, (160, 64, 64, 3), generator=generator, dtype=torch.uint8)
+    data = [((image, []), label) for image, label in zip(pixels, torch.randint(0, 10, (160,), generator=generator))]
     torch.manual_seed(0)
     model = timm.create_model("EvoLeViT_128S", num_classes=10, distillation=False, img_size=64).double()
+    model.register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
     sampler = build_train_sampler(data, 8, world.rank, world.size, accum_steps, repeated_aug=False)
     loader = torch.utils.data.DataLoader(TrainingView(data), batch_sampler=sampler, collate_fn=collate)
-    parallel = model
-    if world.size > 1:
-        parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True,
-                                                             **no_buffer_broadcast())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     base = torch.nn.CrossEntropyLoss()
     for epoch in range(2):
         model.set_stage_wise(epoch == 1)
         model.set_learn_tradeoff(epoch == 1)
+        parallel = parallelize(model, device)
         sampler.set_epoch(epoch)
         train_one_epoch(parallel, DistillationLoss(base, None, "none", 0, 1), loader, optimizer, device, epoch,
                         Control(Agreement(), Signals()), accum_steps, clip_grad=0.01, world_size=world.size,

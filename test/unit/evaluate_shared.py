@@ -21,9 +21,9 @@ def result(rank, size):
     world = World(rank, size, rank, size)
     init_processes(world, torch.device("cpu"))
     generator = torch.Generator().manual_seed(3)
-    data = torch.utils.data.TensorDataset(torch.randn(61, 3, 64, 64, generator=generator),
-                                          torch.randint(0, 10, (61,), generator=generator))
-    view = EvaluationView(data, (3, 64, 64))
+    pixels = torch.randint(0, 256, (61, 64, 64, 3), generator=generator, dtype=torch.uint8)
+    data = [((image, []), label) for image, label in zip(pixels, torch.randint(0, 10, (61,), generator=generator))]
+    view = EvaluationView(data, 64)
     sampler = ShardSampler(view, rank, size) if size > 1 else None
     loader = torch.utils.data.DataLoader(view, batch_size=7, sampler=sampler, collate_fn=collate)
     model = build("EvoLeViT_128S", num_classes=10, img_size=64).float()

@@ -36,8 +36,10 @@ class Exploding:
         self.criterion = criterion
         self.factor = 1.0
 
-    def __call__(self, inputs, outputs, labels):
-        return self.criterion(inputs, outputs, labels) * self.factor
+        self.teach = criterion.teach
+
+    def __call__(self, inputs, outputs, labels, taught):
+        return self.criterion(inputs, outputs, labels, taught) * self.factor
 
 
 def main(device_name, amp_backend, opt_level, loss_scale, overflow_step=None):
@@ -67,7 +69,7 @@ def main(device_name, amp_backend, opt_level, loss_scale, overflow_step=None):
         labels = mixup_target(torch.arange(BATCH).to(device), 10, 0.7, 0.1)
         if double:
             double.reset_counts()
-        report["losses"].append(train_step(model, criterion, [(samples, labels)], optimizer, args.clip_grad,
+        report["losses"].append(train_step(model, criterion, [(samples, labels, None)], optimizer, args.clip_grad,
                                            args.clip_mode, model_ema, precision))
         if double:
             counts = double.counts()

@@ -1,5 +1,6 @@
 """Two processes, one process that accumulates, and one large batch train alike."""
 import copy
+import itertools
 import json
 import os
 import sys
@@ -41,7 +42,7 @@ def test_four_accumulated_batches_of_8_equal_one_of_32_in_eval_mode_batch_norm()
             if isinstance(layer, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
                 layer.eval()
         optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3)
-        losses.append(train_step(m, criterion, list(zip(x.split(size), soft.split(size))), optimizer, 0.01))
+        losses.append(train_step(m, criterion, list(zip(x.split(size), soft.split(size), itertools.repeat(None))), optimizer, 0.01))
     assert abs(losses[0] - losses[1]) < 1e-6
     moved = 0
     for before, a, b in zip(model.parameters(), copies[0].parameters(), copies[1].parameters()):

@@ -1,4 +1,5 @@
 """Files from strangers: checkpoints that are damaged or hostile, pictures that cannot be decoded, weights from elsewhere."""
+import argparse
 import functools
 import http.server
 import io
@@ -205,7 +206,8 @@ def test_a_safetensors_teacher_gives_the_teachers_logits(teacher, tmp_path):
     from runtime.teacher import build_teacher
     state = checkpoints.load_checkpoint(teacher, "--teacher-path")["model"]
     save_file({name: tensor.contiguous().numpy() for name, tensor in state.items()}, str(tmp_path / "teacher.safetensors"))
-    one, other = (build_teacher("regnety_002", path, 10, torch.device("cpu"))
+    one, other = (build_teacher(argparse.Namespace(teacher_model="regnety_002", teacher_path=path,
+                                                   teacher_input_size=None), 10, torch.device("cpu"))
                   for path in (teacher, str(tmp_path / "teacher.safetensors")))
     with torch.no_grad():
         assert torch.equal(one(torch.ones(1, 3, 64, 64)), other(torch.ones(1, 3, 64, 64)))

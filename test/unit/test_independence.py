@@ -31,10 +31,10 @@ def test_any_multiple_of_16_and_class_count_runs(size, classes, distillation, st
     model.set_stage_wise(stage_wise)
     tokens, state = model.forward_tokens(torch.randn(2, 3, size, size))
     assert model.forward_head(tokens).shape == (2, classes)
-    assert tokens.shape[1] == 1 + state.index.shape[1]
-    grid = size // 16
-    for row in state.index:
-        assert len(set(row.tolist())) == len(row) and 0 <= row.min() and row.max() < grid * grid
+    places = state.score.shape[1]
+    assert tokens.shape[1] == 1 + places and state.slow.shape == (2, places // 2)
+    for row in state.slow:
+        assert len(set(row.tolist())) == len(row) and all(0 <= place < places for place in row.tolist())
 
 
 @pytest.mark.parametrize("size", [48, 100, 0])

@@ -56,7 +56,7 @@ def total(norms):
 def test_steps_on_the_npu_equal_those_on_the_cpu(on_cpu):
     npu = steps("npu", "none", "-", "-")
     assert npu["optimizer"] == "torch_npu.optim" and on_cpu["optimizer"].startswith("torch.optim")
-    assert max(abs(a - b) for a, b in zip(npu["losses"], on_cpu["losses"])) < 1e-6
+    assert max(abs(a - b) for a, b in zip(npu["losses"], on_cpu["losses"])) < 1e-5
     for step, (ours, theirs) in enumerate(zip(npu["gradients"], on_cpu["gradients"])):
         allowed = 1e-6 if step == 0 else 1e-4  # of the whole; later steps start from weights that differ by rounding
         assert set(ours) == set(theirs) and max(abs(ours[k] - theirs[k]) for k in ours) < allowed * total(theirs), step
@@ -65,7 +65,7 @@ def test_steps_on_the_npu_equal_those_on_the_cpu(on_cpu):
     weights = [report["weights"][0] for report in (npu, on_cpu)]
     assert len(noise) < len(weights[0]) / 4
     for k in weights[0]:
-        assert abs(weights[0][k] - weights[1][k]) < (1e-3 if k in noise else 1e-6 * max(1, weights[1][k])), k
+        assert abs(weights[0][k] - weights[1][k]) < (1e-3 if k in noise else 1e-5 * max(1, weights[1][k])), k
 
 
 def test_a_step_reads_only_the_loss_and_uses_only_operators_that_torch_npu_supports():

@@ -124,7 +124,7 @@ def test_twelve_training_steps_follow_the_published_trajectory():
             labels = torch.from_numpy(random.randint(0, 10, 8)).long()
             logits["teacher"] = torch.from_numpy(random.standard_normal((8, 10)))
             soft = 0.9 * torch.nn.functional.one_hot(labels, 10).double() + 0.01
-            seen.append(train_step(model, criterion, [(images, soft)], optimizer, args.clip_grad, args.clip_mode))
+            seen.append(train_step(model, criterion, [(images, soft, None)], optimizer, args.clip_grad, args.clip_mode))
         scheduler.step(epoch)
     assert np.allclose(rates, facts["lr_in_epoch"], rtol=1e-9)
     assert relative_error(seen, facts["losses"]) < 1e-6

@@ -1,0 +1,237 @@
+"""Measures speed and memory, contender against contender in turn, in one process. PERFORMANCE.md holds such tables.
+
+python benchmark.py inference --compare EvoLeViT_256,plain EvoLeViT_256,fuse levit_256,fuse
+python benchmark.py train     --compare EvoLeViT_256,plain EvoLeViT_256 EvoLeViT_256,compile
+python benchmark.py loader    --compare plain recipe
+python benchmark.py breakdown --compare EvoLeViT_256
+
+A contender is a model of timm's registry and, behind commas, how it runs:
+  plain          test/unit/plain.py: the paper's equations and the published step, written down without a thought of speed
+  dense          no token selection: every token goes through every block
+  fuse           batch norms folded (inference)
+  compile        torch.compile
+  amp            mixed precision: bf16 on a CPU, else fp16; for inference the whole model is in that format
+  channels-last, contiguous    memory format; if not given the one that suits the device
+  teacher=NAME   distils from this model (train; regnety_160 if not given), or from none
+  teacher-size=N shows the teacher images of N pixels
+  stored         has the teacher's labels already, as with main.py --teacher-labels
+A loader is plain (torchvision's and timm's) or recipe (main.py's), and behind commas draft (--jpeg-draft), normalized (with the
+work that main.py leaves to the device), once (without repeated augmentation).
+"""
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+
+import contenders  # first: it makes torchvision importable on a CPU-only PyTorch
+import torch
+
+import engine
+from evo_vit.compat import versions
+from runtime.device import peak_memory_mb, select_device, synchronize
+from runtime.errors import UserError
+from runtime.matmul_rate import measure_matmul_rate
+from runtime.models import default_input_size
+
+TASKS = {"inference": ["EvoLeViT_256,plain", "EvoLeViT_256,fuse", "levit_256,fuse"],
+         "train": ["EvoLeViT_256,plain", "EvoLeViT_256"], "loader": ["plain", "recipe"], "breakdown": ["EvoLeViT_256"]}
+FLAGS = ("compile", "channels-last", "amp", "fuse")
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("task", choices=sorted(TASKS))
+    add("--compare", nargs="+", metavar="CONTENDER", help="the first is the one that the others are compared with")
+    for flag in FLAGS:
+        add("--" + flag, action="store_true", help="the same as the word {} behind every contender".format(flag))
+    add("--batch-size", type=int, nargs="+", default=[16])
+    add("--input-size", type=int, nargs="+", default=None, metavar="PIXELS", help="the first contender's own if not given")
+    add("--photo-size", type=int, nargs=2, default=(500, 375), metavar=("WIDTH", "HEIGHT"), help="of the loader's JPEGs")
+    add("--rounds", type=int, default=7, help="how often every contender has its turn")
+    add("--seconds", type=float, default=1.0, help="how long a turn lasts at least")
+    add("--device", default="auto", choices=("auto", "npu", "cuda", "cpu"))
+    add("--memory", action="store_true", help="also the peak memory of a process that runs nothing but the contender")
+    add("--json", metavar="FILE", help="write the figures there")
+    add("--only-memory", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def build(args, text, batch, size, device, folder):
+    if args.task == "loader":
+        return contenders.loader(text, batch, size, device, folder)
+    return getattr(contenders, args.task)(text, batch, size, device)
+
+
+def take_turn(contender, seconds, device):
+    """Seconds per run, of runs that last for `seconds` at least."""
+    count, start = 0, time.perf_counter()
+    while count == 0 or time.perf_counter() - start < seconds:
+        contender.run()
+        count += 1
+    synchronize(device)
+    return (time.perf_counter() - start) / count
+
+
+def race(built, rounds, seconds, device):
+    """[[seconds per run, one for each round] for each contender], every contender in turn in every round."""
+    for contender in built:  # compiles, fills caches
+        for _ in range(2):
+            contender.run()
+    synchronize(device)
+    times = [[] for _ in built]
+    for _ in range(rounds):
+        for contender, seconds_per_run in zip(built, times):
+            seconds_per_run.append(take_turn(contender, seconds, device))
+    return times
+
+
+def memory_of(args, text, batch, size):
+    """Peak memory in MiB of a process that runs `text` three times."""
+    command = [sys.executable, __file__, args.task, "--compare", text, "--batch-size", str(batch), "--input-size", str(size),
+               "--device", args.device, "--only-memory"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True)
+    if result.returncode:
+        raise UserError("{} ended with exit code {} when its memory was measured".format(text, result.returncode))
+    return float(result.stdout.split()[-1])
+
+
+def compare(args, texts, batch, size, device, folder, rate):
+    """The rows of one table, as dicts."""
+    built = [build(args, text, batch, size, device, folder) for text in texts]
+    times = race(built, args.rounds, args.seconds, device)
+    rows = []
+    for text, contender, seconds in zip(texts, built, times):
+        ratios = [first / own for first, own in zip(times[0], seconds)]  # round by round, so that noise of minutes cancels
+        rows.append({
+            "contender": text, "batch_size": batch, "input_size": size, "milliseconds": 1e3 * statistics.median(seconds),
+            "milliseconds_min": 1e3 * min(seconds), "milliseconds_max": 1e3 * max(seconds),
+            "images_per_s": contender.images / statistics.median(seconds), "ratio": statistics.median(ratios),
+            "ratio_min": min(ratios), "ratio_max": max(ratios), "gflops": contender.macs and 2e-9 * contender.macs,
+            "of_matmul_rate": contender.macs and 2 * contender.macs / statistics.median(seconds) / rate,
+            "peak_memory_mb": memory_of(args, text, batch, size) if args.memory else None})
+    del built
+    gc.collect()
+    return rows
+
+
+def show(rows):
+    """Prints the rows as a Markdown table."""
+    print("| contender | batch | pixels | ms (min-max) | images/s | ratio (min-max) | GFLOPs | of matmul rate | peak MiB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    number = lambda value, form: "-" if value is None else form.format(value)  # noqa: E731
+    for row in rows:
+        print("| {contender} | {batch_size} | {input_size} | {milliseconds:.1f} ({milliseconds_min:.1f}-"
+              "{milliseconds_max:.1f}) | {images_per_s:.1f} | {ratio:.2f} ({ratio_min:.2f}-{ratio_max:.2f}) | {flops} | "
+              "{share} | {memory} |".format(
+                  flops=number(row["gflops"], "{:.1f}"), share=number(row["of_matmul_rate"], "{:.0%}"),
+                  memory=number(row["peak_memory_mb"], "{:.0f}"), **row), flush=True)
+
+
+class Stopwatch:
+    """Sums the time of functions that are called inside one another's owner."""
+
+    def __init__(self, device):
+        self.device = device
+        self.seconds = {}
+
+    def watch(self, name, owner, attribute):
+        """Replaces owner.attribute by itself with a clock. The device is waited for, before and after."""
+        inner = getattr(owner, attribute)
+
+        def timed(*args, **kwargs):
+            synchronize(self.device)
+            start = time.perf_counter()
+            result = inner(*args, **kwargs)
+            synchronize(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            return result
+        setattr(owner, attribute, timed)
+
+
+def break_down(args, text, batch, size, device, folder):
+    """[{part, milliseconds, share}] of a training step whose parts wait for one another, with its data in one process."""
+    watch = Stopwatch(device)
+    training = contenders.Training(text, batch, size, device)
+    data = contenders.loader("recipe", batch, size, device, folder)
+    if not hasattr(training, "ema"):
+        raise UserError("contender {}: the breakdown is that of the recipe's own step".format(text))
+    watched = {"run": data.run, "normalize": contenders.normalize}
+    source = argparse.Namespace(**watched)
+    watch.watch("data (one core)", source, "run")
+    watch.watch("transfer, normalisation", source, "normalize")
+    for name, owner, attribute in (
+            ("teacher forward", training.criterion, "teach"), ("student forward", training.model, "forward"),
+            ("loss", training.criterion, "forward"), ("backward", training.precision, "backward"),
+            ("clipping", engine, "clip_gradients"), ("optimiser", training.optimizer, "step"),
+            ("average", training.ema, "update")):
+        watch.watch(name, owner, attribute)
+    for run in range(args.rounds + 2):
+        if run == 2:
+            watch.seconds.clear()
+        training.images = source.normalize(source.run()[0], device, contenders.channels_last({}, device))
+        training.run()
+    total = sum(watch.seconds.values())
+    return [{"part": name, "milliseconds": 1e3 * seconds / args.rounds, "share": seconds / total}
+            for name, seconds in watch.seconds.items()]
+
+
+def run(args):
+    """The figures, as they go to --json."""
+    device = select_device(args.device)
+    words = [flag for flag in FLAGS if getattr(args, flag.replace("-", "_"))]
+    texts = [",".join([text] + words) for text in args.compare or TASKS[args.task]]
+    task = "train" if args.task == "breakdown" else args.task
+    names = [contenders.parse(task, text)[0] for text in texts]
+    sizes = args.input_size or [224 if args.task == "loader" else default_input_size(names[0])]
+    folder = None
+    if args.only_memory:
+        contender = build(args, texts[0], args.batch_size[0], sizes[0], device, folder)
+        for _ in range(3):
+            contender.run()
+        synchronize(device)
+        print(peak_memory_mb(device))
+        return None
+    rate = measure_matmul_rate(device)
+    report = {"task": args.task, "device": device.type, "threads": torch.get_num_threads(), "torch": versions()["torch"],
+              "matmul_gflops_per_s": rate / 1e9, "rows": []}
+    print("{device}, {threads} threads, torch {torch}, float32 matrix products {matmul_gflops_per_s:.0f} GFLOP/s".format(**report))
+    with contenders.photos(*args.photo_size) if args.task in ("loader", "breakdown") else nullcontext() as folder:
+        if args.task == "breakdown":
+            for text in texts:
+                rows = break_down(args, text, args.batch_size[0], sizes[0], device, folder)
+                print("| part of a step of {} | ms | share |\n|---|---|---|".format(text))
+                for row in rows:
+                    print("| {part} | {milliseconds:.1f} | {share:.1%} |".format(**row))
+                report["rows"] += [dict(row, contender=text) for row in rows]
+            return report
+        for batch, size in itertools.product(args.batch_size, sizes):
+            rows = compare(args, texts, batch, size, device, folder, rate)
+            show(rows)
+            report["rows"] += rows
+    return report
+
+
+def main(argv=None):
+    args = get_args_parser().parse_args(argv)
+    try:
+        report = run(args)
+        if args.json and report is not None:
+            with open(args.json, "w") as f:
+                json.dump(report, f, indent=2)
+    except UserError as error:
+        print("error: {}".format(error), file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print("error: --json {}: {}".format(args.json, error.strerror), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

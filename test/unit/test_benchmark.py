@@ -1,0 +1,74 @@
+"""benchmark.py from its command line, with models and images that tests can afford."""
+import json
+import sys
+
+import pytest
+
+import commands
+from evo_vit import compat
+
+BENCHMARK = [sys.executable, commands.ROOT + "/benchmark.py"]
+QUICK = ["--device", "cpu", "--rounds", "2", "--seconds", "0.01", "--batch-size", "2"]
+
+
+def measure(tmp_path, task, *flags):
+    code, out, err = commands.run(BENCHMARK + [task] + QUICK + ["--json", tmp_path / "figures.json"] + list(flags))
+    assert code == 0, out + err
+    with open(str(tmp_path / "figures.json")) as f:
+        return json.load(f), out
+
+
+def test_inference_compares_contenders_at_every_batch_and_size(tmp_path):
+    report, out = measure(tmp_path, "inference", "--input-size", 64, 96, "--batch-size", 1, 3, "--compare",
+                          "EvoLeViT_128S,plain", "EvoLeViT_128S,fuse", "EvoLeViT_128S,dense", "regnety_002")
+    rows = report["rows"]
+    assert [(r["batch_size"], r["input_size"]) for r in rows[::4]] == [(1, 64), (1, 96), (3, 64), (3, 96)]
+    for plain, fused, dense, other in zip(*[iter(rows)] * 4):
+        assert plain["ratio"] == plain["ratio_min"] == plain["ratio_max"] == 1
+        assert plain["gflops"] == fused["gflops"] < dense["gflops"] and other["gflops"] > 0
+        for row in (plain, fused, dense, other):
+            assert row["milliseconds_min"] <= row["milliseconds"] <= row["milliseconds_max"]
+            assert row["images_per_s"] == pytest.approx(1e3 * row["batch_size"] / row["milliseconds"])
+            assert 0 < row["of_matmul_rate"] and row["peak_memory_mb"] is None
+    assert out.count("| EvoLeViT_128S,plain |") == 4 and "GFLOP/s" in out
+
+
+def test_training_step_memory_and_breakdown(tmp_path):
+    report, _ = measure(tmp_path, "train", "--input-size", 64, "--memory", "--compare",
+                        "EvoLeViT_128S,plain,teacher=regnety_002", "EvoLeViT_128S,teacher=regnety_002,teacher-size=32",
+                        "EvoLeViT_128S,stored", "EvoLeViT_128S,teacher=none")
+    plain, small, stored, none = report["rows"]
+    assert plain["gflops"] > small["gflops"] > stored["gflops"] == none["gflops"]
+    assert all(100 < row["peak_memory_mb"] < 4000 for row in report["rows"])
+    report, _ = measure(tmp_path, "breakdown", "--input-size", 64, "--compare", "EvoLeViT_128S,teacher=regnety_002")
+    shares = {row["part"]: row["share"] for row in report["rows"]}
+    assert set(shares) == {"data (one core)", "transfer, normalisation", "teacher forward", "student forward", "loss",
+                           "backward", "clipping", "optimiser", "average"}
+    assert sum(shares.values()) == pytest.approx(1) and all(share > 0 for share in shares.values())
+
+
+def test_loader_makes_the_pictures_of_either_pipeline(tmp_path):
+    report, _ = measure(tmp_path, "loader", "--input-size", 64, "--photo-size", 160, 120, "--compare", "plain", "recipe",
+                        "recipe,normalized", "recipe,once,draft")
+    assert [row["contender"] for row in report["rows"]] == ["plain", "recipe", "recipe,normalized", "recipe,once,draft"]
+    assert all(row["gflops"] is None and row["images_per_s"] > 0 for row in report["rows"])
+
+
+@pytest.mark.skipif(not compat.has_autocast("cpu"), reason="this PyTorch has no mixed precision on a CPU")
+def test_flags_hold_for_every_contender(tmp_path):
+    report, _ = measure(tmp_path, "inference", "--input-size", 64, "--amp", "--fuse", "--compare", "EvoLeViT_128S")
+    assert report["rows"][0]["contender"] == "EvoLeViT_128S,amp,fuse"
+
+
+@pytest.mark.parametrize("flags,sentence", [
+    (["inference", "--compare", "EvoLeViT_12"], "did you mean EvoLeViT"),
+    (["inference", "--compare", "EvoLeViT_128S,fast"], "'fast' is none of inference's words"),
+    (["inference", "--compare", "regnety_002,plain"], "only Evo-LeViT"),
+    (["inference", "--compare", "EvoLeViT_128S", "--input-size", "100"], "multiples of 16"),
+    (["loader", "--compare", "mine"], "a loader is plain or recipe"),
+    (["train", "--compare", "EvoLeViT_128S,teacher=regnet_y"], "there is no such model"),
+    (["train", "--compare", "EvoLeViT_128S,teacher-size=big"], "teacher-size"),
+    (["breakdown", "--compare", "EvoLeViT_128S,plain,teacher=none"], "recipe's own step")])
+def test_mistakes_end_in_one_sentence(flags, sentence):
+    code, out, err = commands.run(BENCHMARK + flags + ["--device", "cpu"])
+    assert code == 2 and err.count("\n") == 1 and sentence in err, err

@@ -1,0 +1,154 @@
+"""The fast model, step and teacher compute what their plain transcriptions (plain.py) and timm's own parts do."""
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings, strategies as st
+from timm.loss import SoftTargetCrossEntropy
+
+from engine import train_step
+from evo_vit import compat
+from losses import DistillationLoss
+from plain import PlainEvoLeViT, PlainTraining
+from reference import build, fill, images, load_arrays, load_json, relative_error
+from runtime.clip import clip_gradients
+from runtime.ema import ModelEma
+from runtime.teacher import CPU_CHUNK, Teacher
+
+MODES = [(True, True), (True, False), (False, False), (False, True)]
+
+
+def set_mode(model, mode):
+    model.set_stage_wise(mode[0])
+    model.set_learn_tradeoff(mode[1])
+
+
+@settings(deadline=None, max_examples=10)
+@given(size=st.integers(4, 12).map(lambda n: 16 * n), mode=st.sampled_from(MODES), batch=st.integers(1, 3))
+@torch.no_grad()
+def test_the_plain_transcription_gives_the_same_logits_at_any_size(size, mode, batch):
+    model = build("EvoLeViT_128S", num_classes=10, img_size=size).eval()
+    set_mode(model, mode)
+    x = images(size, batch)
+    assert relative_error(model(x), PlainEvoLeViT(model)(x)) < 1e-9
+
+
+@torch.no_grad()
+def test_the_plain_transcription_matches_the_reference():
+    arrays, size = load_arrays("EvoLeViT_256"), load_json("EvoLeViT_256")["input_size"]
+    model = build("EvoLeViT_256").eval()
+    for case, mode in (("eval_stage", (True, True)), ("eval_layer", (False, False))):
+        set_mode(model, mode)
+        assert relative_error(PlainEvoLeViT(model)(images(size)), arrays[case + "__logits"]) < 1e-7, case
+
+
+@pytest.mark.parametrize("name", ["EvoLeViT_128S", "EvoLeViT_256"])
+@torch.no_grad()
+def test_float32_logits_equal_the_float64_ones_to_1e_4(name):
+    model = build(name, gain=1.0).eval()
+    x = images(224)
+    exact = model(x)
+    single = model.float()(x.float())
+    assert relative_error(single, exact) < 1e-4
+    assert relative_error(model.fuse().to(memory_format=torch.channels_last)(x.float()), exact) < 1e-4
+
+
+@pytest.mark.parametrize("mode", MODES[::2])
+def test_steps_give_the_weights_and_the_average_of_the_plain_step(mode):
+    start = build("EvoLeViT_128S", gain=1.0, num_classes=10, img_size=64).train()
+    set_mode(start, mode)
+    teacher = lambda x: x[:, 0, 0, :10]  # noqa: E731
+    criterion = DistillationLoss(SoftTargetCrossEntropy(), teacher, "cls", 0.5, 1.0)
+    model, plain = copy.deepcopy(start), copy.deepcopy(start)
+    groups = lambda m: [dict(params=list(m.parameters()), lr=1e-3, weight_decay=0.025)]  # noqa: E731
+    optimizer = torch.optim.AdamW(groups(model), **compat.fused_adamw("cpu"))
+    ema = ModelEma(model, 0.9)
+    training = PlainTraining(plain, criterion, groups(plain), decay=0.9)
+    for step in range(3):
+        x = images(64, batch=8, seed=step)
+        labels = torch.nn.functional.one_hot((torch.arange(8) + step) % 10, 10).double()
+        loss = train_step(model, criterion, [(x, labels, None)], optimizer, 0.01, "agc", ema)
+        assert abs(loss / training.step(x, labels) - 1) < 1e-9
+    for (name, p), q in zip(model.named_parameters(), plain.parameters()):
+        assert (p - q).abs().max() < 1e-8, name
+    for p, q in zip(ema.module.state_dict().values(), training.average.state_dict().values()):
+        assert not p.is_floating_point() or (p - q).abs().max() < 1e-8
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 10 ** 6), limit=st.sampled_from([0.01, 0.3, 10.0]), scale=st.sampled_from([1e-4, 1.0, 100.0]))
+def test_adaptive_clipping_is_timms_bit_for_bit(seed, limit, scale):
+    from timm.utils.agc import adaptive_clip_grad
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1,), (7,), (5, 3), (4, 3, 3, 3), (1, 5, 6), (2,)]
+    parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    for p in parameters[:-1]:
+        p.grad = torch.randn(p.shape, generator=generator) * scale
+    other = copy.deepcopy(parameters)
+    for p, q in zip(parameters, other):
+        q.grad = None if p.grad is None else p.grad.clone()
+    clip_gradients(parameters, limit)
+    adaptive_clip_grad(other, limit)
+    for p, q in zip(parameters[:-1], other):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-6, atol=0), p.shape
+    assert parameters[-1].grad is None
+
+
+@torch.no_grad()
+def test_a_folded_teacher_in_chunks_gives_the_logits_of_timms_model():
+    model = timm.create_model("regnety_002", num_classes=10)
+    fill(model, gain=1.0)
+    model.eval()
+    x = images(64, batch=CPU_CHUNK + 3).float()
+    expected = model(x)
+    for channels_last in (False, True):
+        teacher = Teacher(copy.deepcopy(model), channels_last=channels_last).train()
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()) and not teacher.training
+        assert relative_error(teacher(x), expected) < 1e-5
+    small = torch.nn.functional.interpolate(x, size=(48, 48), mode="bilinear", align_corners=False)
+    assert relative_error(Teacher(copy.deepcopy(model), input_size=48)(x), model(small)) < 1e-5
+    if hasattr(torch, "bfloat16") and compat.has_autocast("cpu"):
+        logits = Teacher(copy.deepcopy(model), dtype=torch.bfloat16)(x)
+        assert logits.dtype == torch.float32 and relative_error(logits, expected) < 0.1
+
+
+def test_what_has_no_weight_is_not_computed():
+    def never(*_):
+        raise AssertionError("computed")
+
+    outputs, labels, taught = [torch.randn(4, 10) for _ in range(4)], torch.rand(4, 10), torch.arange(4)
+    assert DistillationLoss(never, lambda x: outputs[0], "cls", 1.0, 1.0)(None, outputs, labels).item() > 0
+    criterion = DistillationLoss(SoftTargetCrossEntropy(), never, "cls", 0.0, 1.0)
+    assert criterion.teach(None) is None and criterion(None, outputs, labels).item() > 0
+    assert DistillationLoss(SoftTargetCrossEntropy(), never, "cls", 0.5, 1.0)(None, outputs, labels, taught).item() > 0
+
+
+@pytest.mark.skipif(not compat.can_compile(), reason="this PyTorch does not compile modules")
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("mode", MODES[::2])
+def test_the_model_compiles_without_a_graph_break(training, mode):
+    import torch._dynamo
+    torch._dynamo.reset()
+    model = build("EvoLeViT_128S", gain=1.0, num_classes=10, img_size=64).float().train(training)
+    set_mode(model, mode)
+    x = images(64).float()
+    explanation = torch._dynamo.explain(model)(x)
+    assert (explanation.graph_count, explanation.graph_break_count) == (1, 0), explanation.break_reasons
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not compat.can_compile(), reason="this PyTorch does not compile modules")
+def test_a_compiled_model_computes_the_same_in_both_modes():
+    model = build("EvoLeViT_128S", gain=1.0, num_classes=10, img_size=64).float()
+    compiled = copy.deepcopy(model)
+    compat.compile_module(compiled, "cpu")
+    x = images(64, batch=4).float()
+    for training in (False, True):
+        for mode in MODES[::2]:
+            for m in (model, compiled):
+                m.train(training)
+                set_mode(m, mode)
+            expected, got = model(x), compiled(x)
+            for a, b in zip(expected, got):
+                assert relative_error(b.detach(), a.detach()) < 1e-4

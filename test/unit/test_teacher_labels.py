@@ -1,0 +1,103 @@
+"""Stored teacher labels give the training that the live teacher gives on the same crops."""
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+import commands
+
+RECIPE = ["--model", "EvoLeViT_128S", "--teacher-model", "regnety_002"]
+
+
+def losses(folder):
+    with open(os.path.join(str(folder), "log.txt")) as f:
+        return [json.loads(line)["train_loss"] for line in f]
+
+
+def write(digit_folder, teacher, labels, *flags, **kwargs):
+    return commands.succeed("--data-path", digit_folder, "--teacher-path", teacher, "--write-teacher-labels", labels,
+                            *RECIPE + list(flags), **kwargs)
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory, digit_folder, teacher):
+    folder = tmp_path_factory.mktemp("labels") / "labels"
+    printed = write(digit_folder, teacher, folder, "--epochs", 2)
+    assert "256 images x 2 epochs" in printed and "--teacher-labels" in printed
+    return str(folder)
+
+
+def test_stored_labels_give_the_losses_of_the_live_teacher(labels, digit_folder, teacher, tmp_path):
+    live, stored = tmp_path / "live", tmp_path / "stored"
+    commands.succeed("--data-path", digit_folder, "--teacher-path", teacher, "--epochs", 2, "--stage-wise-epoch", 1,
+                     "--output_dir", live, *RECIPE)
+    printed = commands.succeed("--data-path", digit_folder, "--teacher-labels", labels, "--epochs", 4, "--stage-wise-epoch",
+                               1, "--output_dir", stored, "--teacher-path", os.path.basename(teacher), *RECIPE)
+    assert "Teacher labels: 2 epochs" in printed
+    # the schedules differ with the number of epochs, but not before the first warm-up epochs are over
+    assert losses(stored)[:2] == pytest.approx(losses(live), abs=1e-6)
+    assert len(losses(stored)) == 4  # the third epoch has the crops of the first again
+
+
+def test_stored_labels_have_a_line_for_every_image_and_take_two_bytes(labels):
+    names = sorted(os.listdir(labels))
+    assert names == ["epoch-0000-replica-0000.npy", "epoch-0001-replica-0000.npy", "settings.json"]
+    first = np.load(os.path.join(labels, names[0]))
+    assert first.shape == (256,) and first.dtype == np.int16 and 0 <= first.min() and first.max() < 10
+
+
+@pytest.mark.slow
+def test_labels_of_two_processes_serve_one_process_that_accumulates(digit_folder, teacher, tmp_path):
+    folder = tmp_path / "labels"
+    launch = [command for name, command in commands.launchers(2).items() if name != "launch"][0]
+    write(digit_folder, teacher, folder, "--epochs", 1, launch=launch)
+    alone = tmp_path / "alone"
+    write(digit_folder, teacher, alone, "--epochs", 1, "--accum-steps", 2)
+    for name in sorted(os.listdir(str(folder))):
+        if name.endswith(".npy"):
+            assert np.array_equal(np.load(str(folder / name)), np.load(str(alone / name))), name
+    commands.succeed("--data-path", digit_folder, "--teacher-labels", folder, "--epochs", 1, "--accum-steps", 2,
+                     "--teacher-path", os.path.basename(teacher), "--output_dir", tmp_path / "out", *RECIPE)
+
+
+@pytest.mark.slow
+def test_soft_labels_are_stored_as_logits(digit_folder, teacher, tmp_path):
+    soft = ["--distillation-type", "soft", "--distillation-tau", 3, "--epochs", 1]
+    write(digit_folder, teacher, tmp_path / "labels", *soft)
+    assert np.load(str(tmp_path / "labels" / "epoch-0000-replica-0000.npy")).shape == (256, 10)
+    for name, flags in (("live", ["--teacher-path", teacher]), ("stored", ["--teacher-labels", tmp_path / "labels",
+                                                                           "--teacher-path", os.path.basename(teacher)])):
+        commands.succeed("--data-path", digit_folder, "--output_dir", tmp_path / name, *RECIPE + soft + flags)
+    assert losses(tmp_path / "live") == pytest.approx(losses(tmp_path / "stored"), abs=1e-6)
+
+
+def test_labels_that_do_not_belong_to_the_run_are_refused(labels, digit_folder, tmp_path):
+    cut, empty = str(tmp_path / "cut"), str(tmp_path / "empty")
+    shutil.copytree(labels, cut)
+    first = os.path.join(cut, "epoch-0000-replica-0000.npy")
+    with open(first, "rb") as f:
+        content = f.read()
+    with open(first, "wb") as f:
+        f.write(content[:200])
+    shutil.copytree(labels, empty)
+    for name in os.listdir(empty):
+        if name.endswith(".npy"):
+            os.remove(os.path.join(empty, name))
+    with open(os.path.join(labels, "settings.json")) as f:
+        path = json.load(f)["teacher_path"]
+    for flags, sentence in (
+            ([labels, "--seed", 5], "were written with seed 0 and this run has 5"),
+            ([labels, "--mixup", 0.5], "were written with mixup 0.8"),
+            ([labels, "--batch-size", 16], "batch_size 32 and this run has 16"),
+            ([tmp_path / "none"], "settings.json cannot be read"),
+            ([empty], "has no whole epoch of labels"),
+            ([cut], "write it again"),
+            ([labels, "--distillation-type", "none"], "has no teacher"),
+            ([labels, "--write-teacher-labels", tmp_path / "new"], "use one at a time")):
+        code, out, err = commands.run(
+            [commands.sys.executable, commands.MAIN] + commands.SMALL + RECIPE +
+            ["--data-path", digit_folder, "--teacher-path", path, "--epochs", 2, "--output_dir", tmp_path / "out",
+             "--teacher-labels"] + flags)
+        assert code == 2 and sentence in err and "Traceback" not in err, err
