@@ -44,6 +44,7 @@ class Contender(NamedTuple):
     run: Callable
     images: int
     macs: Optional[int] = None
+    plain: bool = False  # runs with the C library as it is
 
 
 def parse(task, text):
@@ -116,7 +117,7 @@ def inference(text, batch, size, device):
     def run():
         with torch.no_grad():
             return model(images)
-    return Contender(run, batch, macs)
+    return Contender(run, batch, macs, "plain" in options)
 
 
 class Training:
@@ -172,7 +173,7 @@ class Training:
 def train(text, batch, size, device):
     """A training step with the recipe's losses, clipping, optimiser and average."""
     training = Training(text, batch, size, device)
-    return Contender(training.run, batch, training.macs)
+    return Contender(training.run, batch, training.macs, "plain" in text.split(","))
 
 
 @contextmanager
@@ -241,7 +242,7 @@ def loader(text, batch, size, device, folder):
                 return torch.utils.data.dataloader.default_collate(items)
             made = collate(items)
             return normalize(made[0], device, channels_last({}, device)) if "normalized" in options else made
-    return Contender(run, batch)
+    return Contender(run, batch, plain=name == "plain")
 
 
 @contextmanager

@@ -525,6 +525,8 @@ def run(args, given):
     elif args.resume:
         checkpoint = load_checkpoint(args.resume, "--resume")
     device = devices.select_device(args.device, world.local_rank, world.local_size, args.device_id, say)
+    if device.type == "cpu":
+        devices.keep_freed_memory()
     precision = build_precision(device, args.amp_backend, args.opt_level, args.loss_scale, args.amp_dtype)
     seed_everything(args.seed + world.rank)
     distributed.init_processes(world, device, args.dist_url, timedelta(minutes=args.dist_timeout))

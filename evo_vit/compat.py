@@ -146,12 +146,39 @@ def stable_argsort_descending(x):
 _fused_attention = nn.functional.scaled_dot_product_attention if _numbers(torch.__version__) >= (2, 1) else None
 
 
+ATTENTION_CHUNK = 2 ** 21  # elements: attention matrices of 8 MB at a time stay in a CPU's caches
+
+
+def _numel(q, k):
+    """Elements of the attention matrices."""
+    return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+
+
+def _is_traced():
+    compiler = getattr(torch, "compiler", None)
+    return torch._C._get_tracing_state() is not None or hasattr(compiler, "is_compiling") and compiler.is_compiling()
+
+
+def _attention_in_chunks(q, k, v):
+    """`attention` with q scaled already, a few heads of a few images at a time."""
+    B, heads = q.shape[:2]
+    chunk = max(ATTENTION_CHUNK // (q.shape[2] * k.shape[2]), 1)
+    x, class_attn = [], []
+    for part_q, part_k, part_v in zip(*(t.flatten(0, 1).split(chunk) for t in (q, k.transpose(-2, -1), v))):
+        attn = torch.bmm(part_q, part_k).softmax(dim=-1)
+        x.append(torch.bmm(attn, part_v))
+        class_attn.append(attn[:, 0])
+    return torch.cat(x).view(B, heads, -1, v.shape[-1]), torch.cat(class_attn).view(B, heads, -1).mean(dim=1)
+
+
 def attention(q, k, v, scale):
     """Scaled dot-product attention, and what the class token, at place 0, pays every token.
 
     q (B, heads, Q, key), k (B, heads, T, key), v (B, heads, T, value) -> (B, heads, Q, value), (B, T) averaged over heads.
     """
     if _fused_attention is None or q.device.type == "cpu":
+        if q.device.type == "cpu" and _numel(q, k) > 2 * ATTENTION_CHUNK and not _is_traced():
+            return _attention_in_chunks(q * scale, k, v)
         attn = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, Q, T)
         return attn @ v, attn[:, :, 0].mean(dim=1)
     class_attn = (q[:, :, :1] * scale @ k.transpose(-2, -1)).softmax(dim=-1)  # one row of what the fused kernel hides

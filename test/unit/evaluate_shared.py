@@ -26,7 +26,7 @@ def result(rank, size):
     view = EvaluationView(data, 64)
     sampler = ShardSampler(view, rank, size) if size > 1 else None
     loader = torch.utils.data.DataLoader(view, batch_size=7, sampler=sampler, collate_fn=collate)
-    model = build("EvoLeViT_128S", num_classes=10, img_size=64).float()
+    model = build("EvoLeViT_128S", gain=0.8, num_classes=10, img_size=64).float()
     stats = evaluate(loader, model, torch.device("cpu"), size > 1, show=False)
     close_processes()
     return stats

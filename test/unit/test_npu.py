@@ -56,7 +56,8 @@ def total(norms):
 def test_steps_on_the_npu_equal_those_on_the_cpu(on_cpu):
     npu = steps("npu", "none", "-", "-")
     assert npu["optimizer"] == "torch_npu.optim" and on_cpu["optimizer"].startswith("torch.optim")
-    assert max(abs(a - b) for a, b in zip(npu["losses"], on_cpu["losses"])) < 1e-5
+    differences = [abs(a - b) for a, b in zip(npu["losses"], on_cpu["losses"])]
+    assert differences[0] < 2e-6 and max(differences) < 5e-5  # AdamW makes whole steps out of gradients that are rounding
     for step, (ours, theirs) in enumerate(zip(npu["gradients"], on_cpu["gradients"])):
         allowed = 1e-6 if step == 0 else 1e-4  # of the whole; later steps start from weights that differ by rounding
         assert set(ours) == set(theirs) and max(abs(ours[k] - theirs[k]) for k in ours) < allowed * total(theirs), step

@@ -54,6 +54,20 @@ def test_float32_logits_equal_the_float64_ones_to_1e_4(name):
     assert relative_error(model.fuse().to(memory_format=torch.channels_last)(x.float()), exact) < 1e-4
 
 
+def test_attention_in_chunks_is_attention(monkeypatch):
+    q, k, v = (torch.randn(3, 4, n, d, dtype=torch.float64, requires_grad=True) for n, d in ((9, 8), (12, 8), (12, 16)))
+    results = []
+    for chunk in (2 ** 21, 200):  # 200: one head of one image at a time, the last chunk as full as the others
+        monkeypatch.setattr(compat, "ATTENTION_CHUNK", chunk)
+        x, class_attn = compat.attention(q, k, v, 0.3)
+        (x.pow(2).sum() + class_attn.pow(3).sum()).backward()
+        results.append([x.detach(), class_attn.detach()] + [t.grad for t in (q, k, v)])
+        for t in (q, k, v):
+            t.grad = None
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("mode", MODES[::2])
 def test_steps_give_the_weights_and_the_average_of_the_plain_step(mode):
     start = build("EvoLeViT_128S", gain=1.0, num_classes=10, img_size=64).train()
