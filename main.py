@@ -350,6 +350,19 @@ def build_criterion(args, mixup_active, num_classes, teacher):
                                    args.distillation_tau), mixup_fn
 
 
+def find_unused(model, args, criterion, mixup_active, num_classes, device, world):
+    """{mode: names of the parameters that have no gradient in it} for every mode of the schedule."""
+    unused = {}
+    images = torch.zeros(2, 3, args.input_size, args.input_size, device=device)
+    labels = torch.full((2, num_classes), 1 / num_classes, device=device) if mixup_active else \
+        torch.zeros(2, dtype=torch.int64, device=device)
+    for epoch in range(args.epochs):
+        mode = apply_token_schedule(model, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
+        if mode not in unused:
+            unused[mode] = distributed.parameters_without_gradient(model, criterion, images, labels) if world.size > 1 else []
+    return unused
+
+
 def train(args, given, checkpoint, path, device, precision, world, say):
     """The recipe itself, going on from `checkpoint`, read from `path`, if there is one; returns the trained model."""
     mixup_active = check_recipe(args)
@@ -392,6 +405,8 @@ def train(args, given, checkpoint, path, device, precision, world, say):
         model_ema = ModelEma(model, args.model_ema_decay)
         if args.model_ema_force_cpu:
             model_ema.module.cpu()
+    criterion, mixup_fn = build_criterion(args, mixup_active, num_classes, teacher)
+    unused = find_unused(model, args, criterion, mixup_active, num_classes, device, world)
     model, optimizer = precision.prepare(arrange(model, args, device, channels_last), optimizer, teacher)
     if args.compile and teacher is not None:
         compat.compile_module(teacher.model, device.type, fullgraph=False)
@@ -399,7 +414,6 @@ def train(args, given, checkpoint, path, device, precision, world, say):
     global_batch = args.batch_size * world.size * args.accum_steps
     describe_training(args, global_batch, world, images, sampler.updates, scaled_lr, say)
 
-    criterion, mixup_fn = build_criterion(args, mixup_active, num_classes, teacher)
     args.processes, args.global_batch = world.size, global_batch
     state = TrainingState(model, model_ema, optimizer, lr_scheduler, precision, args)
     if checkpoint is not None:
@@ -432,7 +446,7 @@ def train(args, given, checkpoint, path, device, precision, world, say):
             if model_ema is not None:
                 apply_token_schedule(model_ema.module, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
             if mode != parallel_mode:  # layer-wise and stage-wise training use different parameters
-                parallel, parallel_mode = distributed.parallelize(model, device, device.type != "npu"), mode
+                parallel, parallel_mode = distributed.parallelize(model, device, unused[mode], device.type != "npu"), mode
             done = state.done(global_batch, world.rank)
             sampler.set_epoch(epoch if labels is None else labels.crop_epoch(epoch), done[0])
             train_stats = train_one_epoch(

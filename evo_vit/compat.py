@@ -277,19 +277,21 @@ def persistent_workers(num_workers):
     return {"persistent_workers": True} if known and num_workers > 0 else {}
 
 
-# --- current line: DistributedDataParallel's `broadcast_buffers` has a new name, and warns under the old one. Older
-# PyTorch has no static graph, and looks for the parameters without a gradient in every step.
-def data_parallel_options(gradient_views):
-    """Keyword arguments for a DistributedDataParallel around a model that uses the same parameters in every step, not
-    all of them, and keeps its own buffers. gradient_views: gradients lie in the buckets that are sent."""
+# --- current line: DistributedDataParallel's `broadcast_buffers` has a new name, and warns under the old one. PyTorch before
+# 2.0 cannot be told reliably which parameters to leave alone, and looks for those without a gradient in every step.
+def data_parallel(model, unused, device_ids, gradient_views):
+    """`model` in a DistributedDataParallel that leaves its buffers alone, and the parameters named in `unused`, which have
+    no gradient in any step. gradient_views: gradients lie in the buckets that are sent."""
     import inspect
-    known = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
+    kind = torch.nn.parallel.DistributedDataParallel
+    known = inspect.signature(kind.__init__).parameters
     options = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    if "static_graph" in known:
-        options.update(static_graph=True, gradient_as_bucket_view=gradient_views)
+    if _numbers(torch.__version__) >= (2, 0):
+        kind._set_params_and_buffers_to_ignore_for_model(model, unused)
+        options["gradient_as_bucket_view"] = gradient_views
     else:
-        options.update(find_unused_parameters=True)
-    return options
+        options["find_unused_parameters"] = True
+    return kind(model, device_ids=device_ids, **options)
 
 
 # --- torch 1.5 has no autocast and no gradient scaler; torch before 1.10 has them for CUDA alone (and the vendor's NPU

@@ -1,4 +1,5 @@
 """The processes of one run, started by torchrun or torch.distributed.launch, or a single one without a launcher."""
+import copy
 import os
 from datetime import timedelta
 from typing import NamedTuple
@@ -88,18 +89,27 @@ def sum_over_processes(values, device):
     return total.tolist()
 
 
-def parallelize(model, device, gradient_views=True):
+def parameters_without_gradient(model, criterion, images, labels):
+    """Names of the parameters that `criterion`, a losses.DistillationLoss, does not reach from `model` in its present mode;
+    found on a copy, with `images` (B, 3, H, W) and their `labels`."""
+    probe = copy.deepcopy(model).train()
+    taught = None if criterion.alpha == 0 else torch.zeros(
+        len(images), *([] if criterion.distillation_type != "soft" else [model.num_classes]),
+        dtype=torch.int64 if criterion.distillation_type != "soft" else torch.float32, device=images.device)
+    criterion(images, probe(images), labels, taught).backward()
+    return [name for name, parameter in probe.named_parameters() if parameter.grad is None]
+
+
+def parallelize(model, device, unused=(), gradient_views=True):
     """`model` with gradients that are averaged over all processes; the model itself where there is one process.
 
-    To be called again when the set of parameters that have a gradient changes: which they are is found in the first step
-    and then not looked for any more. gradient_views: spare a copy of each gradient; not for an optimiser that puts its own
-    tensors in their place.
+    unused: names of the parameters without a gradient, for which to wait would be in vain; where they change, the model is
+    to be wrapped again. gradient_views: spare a copy of each gradient; not for an optimiser that puts its own tensors in
+    their place.
     """
     if not is_distributed():
         return model
-    return torch.nn.parallel.DistributedDataParallel(
-        model, device_ids=None if device.type == "cpu" else [device.index],
-        **compat.data_parallel_options(gradient_views))
+    return compat.data_parallel(model, list(unused), None if device.type == "cpu" else [device.index], gradient_views)
 
 
 def broadcast_buffers(model):

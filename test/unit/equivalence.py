@@ -1,6 +1,6 @@
-"""Twenty training steps in float64 on fixed images, for test_distributed.py: python equivalence.py OUT ACCUM_STEPS.
+"""Ten training steps in float64 on fixed images, for test_distributed.py: python equivalence.py OUT ACCUM_STEPS.
 
-Each process of a launcher trains on its own part of every global batch of 16; OUT.RANK gets the parameters.
+Each process of a launcher trains on its own part of every global batch of 32; OUT.RANK gets the parameters.
 """
 import os
 import sys
@@ -16,7 +16,8 @@ from engine import train_one_epoch  # noqa: E402
 from losses import DistillationLoss  # noqa: E402
 from runtime.control import Agreement, Control, Signals  # noqa: E402
 from runtime.device import select_device  # noqa: E402
-from runtime.distributed import close_processes, init_processes, parallelize, read_world  # noqa: E402
+from runtime.distributed import (close_processes, init_processes, parallelize, parameters_without_gradient,  # noqa: E402
+                                 read_world)
 from runtime.pictures import TrainingView, collate  # noqa: E402
 
 
@@ -34,14 +35,14 @@ def main(out, accum_steps):
     sampler = build_train_sampler(data, 8, world.rank, world.size, accum_steps, repeated_aug=False)
     loader = torch.utils.data.DataLoader(TrainingView(data), batch_sampler=sampler, collate_fn=collate)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    base = torch.nn.CrossEntropyLoss()
+    criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), None, "none", 0, 1)
     for epoch in range(2):
         model.set_stage_wise(epoch == 1)
         model.set_learn_tradeoff(epoch == 1)
-        parallel = parallelize(model, device)
+        unused = parameters_without_gradient(model, criterion, torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64))
+        parallel = parallelize(model, device, unused)
         sampler.set_epoch(epoch)
-        train_one_epoch(parallel, DistillationLoss(base, None, "none", 0, 1), loader, optimizer, device, epoch,
-                        Control(Agreement(), Signals()), accum_steps, clip_grad=0.01, world_size=world.size,
+        train_one_epoch(parallel, criterion, loader, optimizer, device, epoch, Control(Agreement(), Signals()), accum_steps, clip_grad=0.01, world_size=world.size,
                         rank=world.rank, show=False)
     torch.save({k: p.detach() for k, p in model.named_parameters()}, "{}.{}".format(out, world.rank))
     close_processes()

@@ -12,7 +12,8 @@ from timm.loss import SoftTargetCrossEntropy
 import commands
 from engine import train_step
 from losses import DistillationLoss
-from reference import build, images
+from reference import build, images, load_json
+from runtime.distributed import parameters_without_gradient
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -20,13 +21,26 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 def test_two_processes_stay_identical_and_equal_one_that_averages_both_halves(tmp_path):
     script = os.path.join(HERE, "equivalence.py")
     env_launcher = [command for name, command in commands.launchers(2).items() if name != "launch"][0]
-    for command in (env_launcher + [script, tmp_path / "two", 1], [sys.executable, script, tmp_path / "one", 2]):
+    for command in (env_launcher + [script, tmp_path / "two", 2], [sys.executable, script, tmp_path / "one", 4]):
         code, out, err = commands.run(command)
         assert code == 0, out + err
     a, b, one = (torch.load(str(tmp_path / name)) for name in ("two.0", "two.1", "one.0"))
     assert a and all(torch.equal(a[k], b[k]) for k in a)
     for key in one:
         assert (a[key] - one[key]).abs().max() <= 1e-6 * max(one[key].abs().max().item(), 1), key
+
+
+def test_parameters_without_gradient_are_those_of_the_reference():
+    facts = load_json("EvoLeViT_128S")
+    for case, stage_wise in (("train_stage", True), ("train_layer", False)):
+        model = build("EvoLeViT_128S", num_classes=10)
+        model.set_stage_wise(stage_wise)
+        model.set_learn_tradeoff(stage_wise)
+        before = copy.deepcopy(model.state_dict())
+        criterion = DistillationLoss(SoftTargetCrossEntropy(), None, "cls", 0.5, 1.0)
+        unused = parameters_without_gradient(model, criterion, images(224), torch.full((2, 10), 0.1).double())
+        assert set(unused) == {name for name, norm in facts[case]["grad_norm"].items() if norm is None}
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_four_accumulated_batches_of_8_equal_one_of_32_in_eval_mode_batch_norm():
