@@ -1,5 +1,4 @@
 """What benchmark.py lets race: each contender is built from its name into functions to be called over and over."""
-import copy
 import os
 import sys
 import tempfile

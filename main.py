@@ -391,7 +391,7 @@ def train(args, given, checkpoint, path, device, precision, world, say):
 
     n_parameters = describe(model, args, device, precision, world, say)
     flops = 2 * (3 * count_macs(model, args.input_size) + (
-        count_macs(teacher.model, args.teacher_input_size or args.input_size) if teacher else 0))  # of a training image
+        count_macs(teacher.model, args.teacher_input_size or args.input_size) if teacher is not None else 0))  # of a training image
     matmul_rate = measure_matmul_rate(device, precision.dtype) * world.size
     channels_last = uses_channels_last(args, device)
     model.to(device)

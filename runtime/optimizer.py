@@ -41,9 +41,14 @@ def complete_gradients(optimizer):
 
 def load_optimizer_state(optimizer, state):
     """optimizer.load_state_dict, except that how an update is computed (`fused`, `foreach`) stays this optimiser's own:
-    another device or another PyTorch may have written `state`."""
+    another device or another PyTorch may have written `state`. So may a run with another memory format, and a fused update
+    walks through parameter and moments side by side, so moments get the parameter's."""
     groups = state["param_groups"]
     if len(groups) == len(optimizer.param_groups):
         groups = [dict(saved, **{name: own[name] for name in ("fused", "foreach") if name in own})
                   for saved, own in zip(groups, optimizer.param_groups)]
     optimizer.load_state_dict(dict(state, param_groups=groups))
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
