@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+import benchmark
 import commands
 from evo_vit import compat
 
@@ -69,6 +70,8 @@ def test_flags_hold_for_every_contender(tmp_path):
     (["train", "--compare", "EvoLeViT_128S,teacher=regnet_y"], "there is no such model"),
     (["train", "--compare", "EvoLeViT_128S,teacher-size=big"], "teacher-size"),
     (["breakdown", "--compare", "EvoLeViT_128S,plain,teacher=none"], "recipe's own step")])
-def test_mistakes_end_in_one_sentence(flags, sentence):
-    code, out, err = commands.run(BENCHMARK + flags + ["--device", "cpu"])
-    assert code == 2 and err.count("\n") == 1 and sentence in err, err
+def test_mistakes_end_in_one_sentence(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(flags + ["--device", "cpu"])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and sentence in err, err

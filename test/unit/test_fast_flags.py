@@ -1,0 +1,57 @@
+"""main.py's flags for speed, from the command line."""
+import json
+import os
+
+import pytest
+
+import commands
+import main
+from evo_vit import compat
+
+needs_compiler = pytest.mark.skipif(not compat.can_compile(), reason="this PyTorch does not compile modules")
+
+
+def train(digit_folder, teacher, out, *flags):
+    commands.succeed("--data-path", digit_folder, "--model", "EvoLeViT_128S", "--teacher-model", "regnety_002",
+                     "--teacher-path", teacher, "--stage-wise-epoch", 1, "--output_dir", out, *flags)
+    with open(os.path.join(str(out), "log.txt")) as f:
+        return [json.loads(line) for line in f]
+
+
+def test_memory_format_and_the_teachers_size_do_what_they_say(digit_folder, teacher, tmp_path):
+    plain, contiguous, small = (train(digit_folder, teacher, tmp_path / name, "--epochs", 1, *flags) for name, flags in (
+        ("plain", []), ("contiguous", ["--no-channels-last"]), ("small", ["--teacher-input-size", 32])))
+    assert plain[0]["train_loss"] == pytest.approx(contiguous[0]["train_loss"], rel=1e-4)
+    assert plain[0]["train_loss"] != small[0]["train_loss"]
+    for entry in plain + contiguous + small:
+        assert 0 < entry["mfu"] < 1 and 0 <= entry["waiting_for_data"] < 1
+
+
+def test_jpeg_draft_trains_on_picture_files(digit_folder, tmp_path):
+    printed = commands.succeed("--data-path", digit_folder, "--model", "EvoLeViT_128S", "--distillation-type", "none",
+                               "--epochs", 1, "--jpeg-draft", "--output_dir", tmp_path / "out")
+    assert "Epoch 0" in printed
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_training_follows_the_plain_one_in_both_modes(digit_folder, teacher, tmp_path):
+    plain, compiled = (train(digit_folder, teacher, tmp_path / name, "--epochs", 2, *more)
+                       for name, more in (("plain", []), ("compiled", ["--compile"])))
+    for a, b in zip(plain, compiled):
+        assert a["mode"] == b["mode"] and b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-3)
+    evaluated = commands.succeed("--eval", "--resume", os.path.join(str(tmp_path / "compiled"), "checkpoint.pth"))
+    assert float(evaluated.split("loss ")[-1].split()[0]) == pytest.approx(compiled[1]["test_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("flags,sentence", [
+    (["--amp-dtype", "fp16"], "needs an NPU or a CUDA device"),
+    (["--amp-dtype", "bf16"], "is for PyTorch's own mixed precision"),
+    (["--jpeg-draft", "--data-set", "DIGITS"], "large picture files"),
+    (["--teacher-input-size", "0"], "not a positive whole number"),
+    (["--write-teacher-labels", "labels", "--distillation-type", "none"], "has no teacher")])
+def test_flags_that_do_not_go_together_end_in_one_sentence(flags, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main.main(commands.SMALL + ["--data-path", str(tmp_path), "--output_dir", str(tmp_path / "out")] + flags)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and sentence in err and err.count("\n") == 1, err
