@@ -35,13 +35,13 @@ def test_jpeg_draft_trains_on_picture_files(digit_folder, tmp_path):
 
 @pytest.mark.slow
 @needs_compiler
-def test_compiled_training_follows_the_plain_one_in_both_modes(digit_folder, teacher, tmp_path):
-    plain, compiled = (train(digit_folder, teacher, tmp_path / name, "--epochs", 2, *more)
+def test_compiled_training_follows_the_plain_one(digit_folder, teacher, tmp_path):
+    plain, compiled = (train(digit_folder, teacher, tmp_path / name, "--epochs", 1, *more)
                        for name, more in (("plain", []), ("compiled", ["--compile"])))
     for a, b in zip(plain, compiled):
         assert a["mode"] == b["mode"] and b["train_loss"] == pytest.approx(a["train_loss"], rel=1e-3)
     evaluated = commands.succeed("--eval", "--resume", os.path.join(str(tmp_path / "compiled"), "checkpoint.pth"))
-    assert float(evaluated.split("loss ")[-1].split()[0]) == pytest.approx(compiled[1]["test_loss"], abs=1e-3)
+    assert float(evaluated.split("loss ")[-1].split()[0]) == pytest.approx(compiled[0]["test_loss"], abs=1e-3)
 
 
 @pytest.mark.parametrize("flags,sentence", [

@@ -158,11 +158,10 @@ def test_a_compiled_model_computes_the_same_in_both_modes():
     compiled = copy.deepcopy(model)
     compat.compile_module(compiled, "cpu")
     x = images(64, batch=4).float()
-    for training in (False, True):
-        for mode in MODES[::2]:
-            for m in (model, compiled):
-                m.train(training)
-                set_mode(m, mode)
-            expected, got = model(x), compiled(x)
-            for a, b in zip(expected, got):
-                assert relative_error(b.detach(), a.detach()) < 1e-4
+    for training, mode in ((False, MODES[0]), (True, MODES[2])):
+        for m in (model, compiled):
+            m.train(training)
+            set_mode(m, mode)
+        expected, got = model(x), compiled(x)
+        for a, b in zip(expected, got):
+            assert relative_error(b.detach(), a.detach()) < 1e-4
