@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.clip import clip_gradients
-from runtime.control import NonFiniteLoss
+from runtime.control import NonFiniteLoss, name_replaced
 from runtime.device import start_reading, synchronize
 from runtime.distributed import sum_over_processes
 from runtime.pictures import normalize
@@ -163,9 +163,7 @@ def label_epoch(data_loader, criterion, device, epoch, accum_steps=1, mixup_fn=N
                                 derive_seed(seed, epoch, update, rank * accum_steps + step))
         with precision.autocast():
             labels[step].append(criterion.teach(samples).cpu())
-        for _, path, label, reason in batch[3]:
-            print("Damaged image, another one takes its place: {} (class {}; {})".format(path, label, reason),
-                  file=sys.stderr, flush=True)
+        name_replaced(entry[1:] for entry in batch[3])
         progress.note(len(samples) * world_size)
     return labels
 

@@ -381,19 +381,19 @@ def train(args, given, checkpoint, path, device, precision, world, say):
             raise UserError("--finetune: no tensor of {} fits {}".format(args.finetune, args.model))
         model.load_state_dict(state, strict=False)
         say("Finetuning from {}; of its tensors left out: {}".format(args.finetune, ", ".join(left_out) or "none"))
+    channels_last = uses_channels_last(args, device)
     labels = teacher = None
     if args.teacher_labels:
         labels = TeacherLabels(args.teacher_labels,
                                label_settings(args, world.size * args.accum_steps, images, num_classes))
         say("Teacher labels: {} epochs in {}".format(labels.epochs, args.teacher_labels))
     elif distil and args.distillation_alpha != 0:
-        teacher = build_teacher(args, num_classes, device, precision.dtype, uses_channels_last(args, device))
+        teacher = build_teacher(args, num_classes, device, precision.dtype, channels_last)
 
     n_parameters = describe(model, args, device, precision, world, say)
     flops = 2 * (3 * count_macs(model, args.input_size) + (
         count_macs(teacher.model, args.teacher_input_size or args.input_size) if teacher is not None else 0))  # of a training image
     matmul_rate = measure_matmul_rate(device, precision.dtype) * world.size
-    channels_last = uses_channels_last(args, device)
     model.to(device)
     base_lr = args.lr
     args.lr = base_lr * args.batch_size * world.size * args.accum_steps / 512

@@ -19,6 +19,13 @@ class TooManyDamagedImages(Exception):
     """More picture files than the user allows cannot be decoded."""
 
 
+def name_replaced(damaged):
+    """Names, on standard error, the (path, class, reason) of files in whose places other pictures have come."""
+    for path, label, reason in damaged:
+        print("Damaged image, another one takes its place: {} (class {}; {})".format(path, label, reason),
+              file=sys.stderr, flush=True)
+
+
 class Agreement:
     """Sums small counts over all processes, on the host: no device waits for it."""
 
@@ -123,9 +130,7 @@ class Control:
         Raises NonFiniteLoss or TooManyDamagedImages, on every process.
         """
         new = {index: rest for index, *rest in damaged if index not in self._known}
-        for path, label, reason in new.values():
-            print("Damaged image, another one takes its place: {} (class {}; {})".format(path, label, reason),
-                  file=sys.stderr, flush=True)
+        name_replaced(new.values())
         due = self._save_every_seconds is not None and time.time() - self._last_save >= self._save_every_seconds
         nonfinite, stop, save, more = self._agreement.total(
             int(not math.isfinite(loss)), int(self._signals.stop), int(self._signals.save or due), len(new))
