@@ -1,5 +1,6 @@
 """Picture files, read safely; their way to the device as bytes; and the two views of a data set that survive damaged
 files."""
+import functools
 import io
 import random
 import warnings
@@ -152,13 +153,18 @@ class _Canvas:
         self.areas.append((rows.start, columns.start, values.expand(shape)))
 
 
+@functools.lru_cache(maxsize=None)
+def _statistics(device):
+    """ImageNet's mean and deviation, (1, 3, 1, 1) each; brought to the device once, since the host waits for such a copy."""
+    return [torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+
+
 def normalize(images, device, channels_last=False):
     """The Images `images` on `device`, normalised by ImageNet's statistics and erased: (B, 3, H, W), bit for bit what
     torchvision's ToTensor and Normalize and timm's RandomErasing make of each."""
     x = images.pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
     x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1)
-                 for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    mean, std = _statistics(device)
     x = x.div_(255).sub_(mean).div_(std)
     areas, fill = images.erased.tolist(), images.fill.to(device, non_blocking=True)
     for (i, top, left, h, w), values in zip(areas, fill.split([3 * h * w for _, _, _, h, w in areas])):
