@@ -1,7 +1,8 @@
 """For test_resume.py: python kill_and_resume.py FOLDER DATA PROCESSES KILLS SEED
 
-Trains once to the end; then trains the same again and again, killed (SIGKILL, every process) at KILLS random instants and
-resumed after each; prints as JSON how many kills hit a half-written checkpoint, and which values of the ends differ.
+Trains once to the end; then trains the same again and again, killed (SIGKILL, every process) KILLS times and resumed after
+each: at random instants, every second time in the first half-written file after the instant. Prints as JSON how many kills
+hit a half-written file, and which values of the ends differ.
 """
 import json
 import os
@@ -79,6 +80,25 @@ def kill(children):
     return bool(alive)
 
 
+def writes(out):
+    """Whether a file of the run in `out` is half-written or not yet at its place."""
+    return any(name.endswith(".partial") or name == "checkpoint.next.pth"
+               for name in (os.listdir(out) if os.path.isdir(out) else []))
+
+
+def stop_inside_a_write(children, out):
+    """Stops (SIGSTOP) the process that writes in the middle of a write; returns early where one of the run's ends first."""
+    writer = children[0]
+    while not any(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) for child in children):
+        if writes(out):
+            os.kill(writer, signal.SIGSTOP)
+            os.waitid(os.P_PID, writer, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if writes(out):  # it had not come to the write's end before it stopped
+                return
+            os.kill(writer, signal.SIGCONT)
+        time.sleep(0.0005)
+
+
 def differences(a, b, path=""):
     """Paths at which two nested values differ, tensors by every bit; times are passed over."""
     if isinstance(a, torch.Tensor):
@@ -140,11 +160,12 @@ def run(folder, data, processes, kills, seed):
                 finish(children)
                 break
             time.sleep(draw.uniform(0.0, 0.6 * duration))
+            if killed % 2:
+                stop_inside_a_write(children, out)
             if not kill(children):
                 break
             killed += 1
-            partial += any(name.endswith(".partial") or name == "checkpoint.next.pth"
-                           for name in (os.listdir(out) if os.path.isdir(out) else []))
+            partial += writes(out)
         different += compare(out, whole)
     with open(os.path.join(whole, "log.txt")) as f:
         epochs = len(f.readlines())

@@ -31,7 +31,7 @@ def test_a_run_killed_at_random_instants_ends_bit_for_bit_like_an_uninterrupted_
     report = json.loads(out.splitlines()[-1])
     print(report)
     assert report["killed"] == kills and report["epochs"] == 3 and report["different"] == []
-    assert report["inside_a_write"] > 0
+    assert report["inside_a_write"] >= kills // 3  # half of them aim at one
 
 
 def test_the_comparison_of_two_ends_sees_every_difference():
