@@ -78,9 +78,12 @@ def _build(name, size, device, distillation):
     if name.startswith("EvoLeViT"):
         options.update(distillation=distillation)
     try:
-        return create_model(name, num_classes=CLASSES, **options).to(device)
+        model = create_model(name, num_classes=CLASSES, **options).to(device)
     except (ValueError, AssertionError, RuntimeError, TypeError) as error:
         raise UserError("{} at {} pixels: {}".format(name, size, str(error).split("\n")[0]))
+    if isinstance(model, EvoLeViT):
+        model.set_distilled_training(distillation)
+    return model
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from torch.utils.data import Dataset, Sampler
 from torchvision import datasets, transforms
 
 from runtime.errors import UserError
-from runtime.pictures import DraftCrop, LastPicture, ToBytes, leave_path, load_picture
+from runtime.gallery import Picture, name_unreadable
+from runtime.pictures import IMAGE_EXTENSIONS, DamagedImage, DraftCrop, LastPicture, ToBytes, leave_path, load_picture
 from runtime.randomness import derive_seed
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "DIGITS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
@@ -142,6 +142,21 @@ def build_dataset(is_train, name, root, transform, inat_category="name", jpeg_dr
             raise UserError("--data-path: {} does not hold CIFAR-100 (the folder cifar-100-python)".format(root))
     dataset = INatDataset(root, is_train, {"INAT": 2018, "INAT19": 2019}[name], inat_category, transform, loader)
     return dataset, len(dataset.classes)
+
+
+def validation_pictures(name, root, inat_category, count):
+    """Yields `count` of the data set's validation images, spread over them, as runtime.gallery.Pictures that are named by
+    number and class. Damaged ones are named on standard error. Raises UserError as build_dataset does."""
+    dataset, _ = build_dataset(False, name, root, None, inat_category)
+    count = min(count, len(dataset))
+    for number in range(count):
+        index = number * len(dataset) // count
+        try:
+            image, label = dataset[index]
+        except DamagedImage as error:
+            name_unreadable(error)
+            continue
+        yield Picture("{} (class {})".format(index, dataset.classes[label]), image)
 
 
 # ----------------------------------------------------------------------------------------------------- transforms

@@ -5,11 +5,7 @@ import sys
 import time
 from datetime import timedelta
 
-try:
-    import evo_vit  # noqa: F401  (registers the models; before anything that imports torchvision)
-except ImportError as error:  # packages that do not fit together
-    print("error: {}".format(error), file=sys.stderr)
-    sys.exit(2)
+from runtime.tool import Parser, need, positive  # first: it makes torchvision importable on a CPU-only PyTorch
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler
@@ -28,12 +24,14 @@ from runtime.ema import ModelEma
 from runtime.errors import UserError
 from runtime.macs import count_macs
 from runtime.matmul_rate import measure_matmul_rate
-from runtime.models import apply_token_schedule, build_model, check_model_name, default_input_size
+from runtime.models import (apply_token_schedule, build_model, check_model_name, default_input_size, fold_like,
+                            keep_ratios)
 from runtime.optimizer import build_optimizer
-from runtime.output import prepare_output_dir, summarize, write_report, write_summary
+from runtime.output import prepare_output_dir, summarize, write_args, write_report, write_summary
 from runtime.pictures import DamagedImage, EvaluationView, TrainingView, collate
 from runtime.precision import build_precision, parse_loss_scale
 from runtime.randomness import seed_everything
+from runtime.scalars import Scalars
 from runtime.state import TrainingState
 from runtime.teacher import build_teacher
 from runtime.teacher_labels import LabelWriter, TeacherLabels, label_settings
@@ -47,24 +45,9 @@ PUBLISHED_EPOCHS = 300
 PUBLISHED_GLOBAL_BATCH = {224: 2048, 384: 1024}  # by image size: 8 cards with 256 and 128 images
 
 
-class Parser(argparse.ArgumentParser):
-    """One sentence on standard error and exit code 2 for a wrong flag."""
-
-    def error(self, message):
-        print("error: {}; python main.py --help lists the flags".format(message), file=sys.stderr)
-        sys.exit(2)
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("{} is not a positive whole number".format(text))
-    return value
-
-
 def get_args_parser():
     """All flags, with the defaults of the published recipe."""
-    parser = Parser(description="Evo-LeViT training and evaluation", allow_abbrev=False,
+    parser = Parser(prog="python main.py", description="Evo-LeViT training and evaluation", allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
 
@@ -168,6 +151,7 @@ def get_args_parser():
 
     # the run
     add("--output_dir", "--output-dir", default="save", metavar="DIR")
+    add("--tensorboard", action="store_true", help="also write log.txt's figures for TensorBoard, to DIR/tensorboard")
     add("--device", default="auto", choices=("auto", "npu", "cuda", "cpu"), help="auto: npu, then cuda, then cpu")
     add("--device_id", "--device-id", type=int, default=0, metavar="CARD", help="the first process's card")
     add("--max-steps", type=positive, default=None, metavar="N", help="end the run after N updates, to measure speed")
@@ -223,6 +207,8 @@ def check_recipe(args):
             "--teacher-labels" if args.teacher_labels else "--write-teacher-labels"))
     if args.teacher_labels and args.write_teacher_labels:
         raise UserError("--write-teacher-labels writes labels and --teacher-labels reads them; use one at a time")
+    if args.tensorboard:
+        need("--tensorboard", "tensorboard")
     if args.compile and not compat.can_compile():
         raise UserError("--compile needs PyTorch 2.2 or newer")
     if args.start_epoch < 0 or args.start_epoch >= args.epochs:
@@ -241,24 +227,23 @@ def build_loader(dataset, args, device, world, **kwargs):
 
 
 def build_train_loader(args, device, world):
-    """(the training images' loader, its sampler, number of images, number of classes)."""
+    """(the training images' loader, its sampler, number of images, names of the classes)."""
     transform = build_transform(True, args.data_set, args.input_size, args.color_jitter, args.aa, args.train_interpolation,
                                 args.reprob, args.remode, args.recount, args.jpeg_draft)
-    dataset, num_classes = build_dataset(True, args.data_set, args.data_path, transform, args.inat_category,
-                                         args.jpeg_draft)
+    dataset, _ = build_dataset(True, args.data_set, args.data_path, transform, args.inat_category, args.jpeg_draft)
     sampler = build_train_sampler(dataset, args.batch_size, world.rank, world.size, args.accum_steps, args.repeated_aug,
                                   args.seed)
-    return build_loader(TrainingView(dataset), args, device, world, batch_sampler=sampler), sampler, len(dataset), num_classes
+    return build_loader(TrainingView(dataset), args, device, world, batch_sampler=sampler), sampler, len(dataset), dataset.classes
 
 
 def build_val_loader(args, device, world):
-    """The validation images, each process's share of them with --dist-eval, and the number of classes."""
+    """The validation images, each process's share of them with --dist-eval, and the names of the classes."""
     transform = build_transform(False, args.data_set, args.input_size)
-    dataset, num_classes = build_dataset(False, args.data_set, args.data_path, transform, args.inat_category)
+    dataset, _ = build_dataset(False, args.data_set, args.data_path, transform, args.inat_category)
     sharded = args.dist_eval and world.size > 1
     sampler = ShardSampler(dataset, world.rank, world.size) if sharded else None
     view = EvaluationView(dataset, args.input_size)
-    return build_loader(view, args, device, world, batch_size=args.batch_size, sampler=sampler), num_classes, sharded
+    return build_loader(view, args, device, world, batch_size=args.batch_size, sampler=sampler), dataset.classes, sharded
 
 
 def describe(model, args, device, precision, world, say):
@@ -294,9 +279,10 @@ def evaluate_checkpoint(args, checkpoint, epoch, device, precision, world, say):
     state = model_state(checkpoint, args.resume, "--resume", key)
     check_model_name(args.model)
     args.input_size = args.input_size or default_input_size(args.model)
-    loader, num_classes, sharded = build_val_loader(args, device, world)
-    model = build_model(args.model, num_classes, args.input_size, distillation="head_dist.l.weight" in state)
-    load_weights(model, state, args.model, args.resume, "--resume")
+    loader, classes, sharded = build_val_loader(args, device, world)
+    model = build_model(args.model, len(classes), args.input_size,
+                        distillation=any(key.startswith("head_dist.") for key in state))
+    load_weights(fold_like(state, model), state, args.model, args.resume, "--resume")
     describe(model, args, device, precision, world, say)
     mode = "as built"
     if epoch is not None:
@@ -310,13 +296,13 @@ def evaluate_checkpoint(args, checkpoint, epoch, device, precision, world, say):
     if stats["damaged"]:
         say("{} damaged images, named above, count as wrong".format(stats["damaged"]))
     if args.export_weights and world.is_main:
-        save_export(model, args, say)
+        save_export(model, args, classes, say)
     return model
 
 
-def save_export(model, args, say):
+def save_export(model, args, classes, say):
     """`--export-weights`: the model's weights, with what --eval needs to build it again."""
-    export_weights(model, args.export_weights, {"args": {
+    export_weights(model, args.export_weights, {"classes": classes, "args": {
         name: getattr(args, name) for name in ("model", "input_size", "data_set", "inat_category")}})
     say("The weights now lie in {}".format(args.export_weights))
 
@@ -370,7 +356,8 @@ def train(args, given, checkpoint, path, device, precision, world, say):
     args.input_size = args.input_size or default_input_size(args.model)
     distil = args.distillation_type != "none"
 
-    train_loader, sampler, images, num_classes = build_train_loader(args, device, world)
+    train_loader, sampler, images, classes = build_train_loader(args, device, world)
+    num_classes = len(classes)
     val_loader, _, sharded = build_val_loader(args, device, world)
 
     model = build_model(args.model, num_classes, args.input_size, distil, args.drop_path)
@@ -415,7 +402,7 @@ def train(args, given, checkpoint, path, device, precision, world, say):
     describe_training(args, global_batch, world, images, sampler.updates, scaled_lr, say)
 
     args.processes, args.global_batch = world.size, global_batch
-    state = TrainingState(model, model_ema, optimizer, lr_scheduler, precision, args)
+    state = TrainingState(model, model_ema, optimizer, lr_scheduler, precision, classes, args)
     if checkpoint is not None:
         state.restore(checkpoint, path, "start_epoch" in given, global_batch, say)
     elif args.start_epoch and args.sched != "plateau":
@@ -423,7 +410,9 @@ def train(args, given, checkpoint, path, device, precision, world, say):
 
     if world.is_main:
         prepare_output_dir(args.output_dir, checkpoint is None, state.size_on_disk(), say)
+        write_args(args.output_dir, args)
         state.write_log()
+    scalars = Scalars(args.output_dir, state.log) if args.tensorboard and world.is_main else None
     distributed.barrier()
     agreement = Agreement(timedelta(minutes=args.dist_timeout))
     start, updates = time.time(), 0
@@ -453,13 +442,14 @@ def train(args, given, checkpoint, path, device, precision, world, say):
                 parallel, criterion, train_loader, optimizer, device, epoch, control, args.accum_steps, args.clip_grad,
                 args.clip_mode, model_ema, mixup_fn, world.size, world.rank, world.is_main, precision,
                 args.max_steps and args.max_steps - updates, args.seed, done, save_inside_epoch, channels_last, labels)
+            train_stats["train_seconds"] = time.time() - epoch_start
             train_stats["mfu"] = flops * train_stats["train_images_per_s"] / matmul_rate
             distributed.broadcast_buffers(model)
             test_stats = evaluate(val_loader, model, device, sharded, world.is_main, precision, channels_last)
             lr_scheduler.step(epoch, test_stats["acc1"])
             best = test_stats["acc1"] > state.max_accuracy
             state.max_accuracy = max(state.max_accuracy, test_stats["acc1"])
-            log = dict(train_stats, epoch=epoch, mode=mode, seconds=time.time() - epoch_start,
+            log = dict(train_stats, epoch=epoch, mode=mode, keep_ratios=keep_ratios(model), seconds=time.time() - epoch_start,
                        peak_memory_mb=devices.peak_memory_mb(device), n_parameters=n_parameters,
                        damaged_images=control.damaged)
             log.update(("test_" + name, value) for name, value in test_stats.items())
@@ -467,6 +457,8 @@ def train(args, given, checkpoint, path, device, precision, world, say):
             state.epoch, state.progress = epoch + 1, None
             if world.is_main:
                 state.save(best)
+            if scalars is not None:
+                scalars.write(log)
             say("Epoch {epoch} ({mode}): train loss {train_loss:.4f}, {train_images_per_s:.1f} images/s ({mfu:.0%} of the "
                 "matmul rate, {waiting_for_data:.0%} waiting for data); test Acc@1 {test_acc1:.3f}, Acc@5 {test_acc5:.3f}, "
                 "loss {test_loss:.4f}; best Acc@1 {best:.3f}".format(best=state.max_accuracy, **log))
@@ -482,7 +474,7 @@ def train(args, given, checkpoint, path, device, precision, world, say):
                                             precision=precision.name, best_acc1=state.max_accuracy,
                                             seconds=time.time() - start))
         if args.export_weights:
-            save_export(model, args, say)
+            save_export(model, args, classes, say)
     say("Training time {}; {} holds the weights of the last epoch and of the best".format(
         timedelta(seconds=int(time.time() - start)), args.output_dir))
     return model
@@ -493,7 +485,8 @@ def write_labels(args, device, precision, world, say):
     mixup_active = check_recipe(args)
     check_model_name(args.model)
     args.input_size = args.input_size or default_input_size(args.model)
-    loader, sampler, images, num_classes = build_train_loader(args, device, world)
+    loader, sampler, images, classes = build_train_loader(args, device, world)
+    num_classes = len(classes)
     channels_last = uses_channels_last(args, device)
     teacher = build_teacher(args, num_classes, device, precision.dtype, channels_last)
     precision.prepare(teacher)

@@ -122,6 +122,16 @@ except ImportError:
 # --- timm 1.x warns where a model lives under a new name; timm 0.4.12 keeps the factory in timm.models as well.
 from timm.models import create_model  # noqa: E402,F401
 
+# --- timm 0.4.12 has no wrapper for models that give their features themselves.
+def feature_extractor(model, out_indices):
+    """timm's features_only wrapper; raises RuntimeError where timm is too old for it."""
+    try:
+        from timm.models._features import FeatureGetterNet
+    except ImportError:
+        raise RuntimeError("features_only needs timm 1.0 or newer; model.forward_intermediates(x) gives the same features")
+    return FeatureGetterNet(model, out_indices=out_indices)
+
+
 # --- torch 1.5 has no Hardswish module.
 if hasattr(nn, "Hardswish"):
     Hardswish = nn.Hardswish
@@ -134,11 +144,14 @@ else:
 
 
 # --- torch before 1.9 cannot be asked for a stable sort, by which equal values fall the same way on every device.
-def stable_argsort_descending(x):
-    """Places in which x (B, N) descends; of equal values the first comes first where PyTorch can do that."""
+def top_places(x, k):
+    """Places of the k largest values of each row of x (B, N), largest first; of equal values the first comes first where
+    PyTorch can do that, and in ONNX, whose TopK does so."""
+    if torch.onnx.is_in_onnx_export():
+        return x.topk(k, dim=1)[1]
     if _numbers(torch.__version__) >= (1, 9):
-        return torch.sort(x, dim=1, descending=True, stable=True)[1]
-    return x.argsort(dim=1, descending=True)
+        return torch.sort(x, dim=1, descending=True, stable=True)[1][:, :k]
+    return x.argsort(dim=1, descending=True)[:, :k]
 
 
 # --- torch before 2.1 has no fused attention with a scale of one's own. On a CPU it is slower than the plain products for heads of such sizes
@@ -154,9 +167,15 @@ def _numel(q, k):
     return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
 
 
+def _is_exported():
+    """Whether the running code is being written down for other machines."""
+    compiler = getattr(torch, "compiler", None)
+    return torch._C._get_tracing_state() is not None or hasattr(compiler, "is_exporting") and compiler.is_exporting()
+
+
 def _is_traced():
     compiler = getattr(torch, "compiler", None)
-    return torch._C._get_tracing_state() is not None or hasattr(compiler, "is_compiling") and compiler.is_compiling()
+    return _is_exported() or hasattr(compiler, "is_compiling") and compiler.is_compiling()
 
 
 def _attention_in_chunks(q, k, v):
@@ -177,7 +196,7 @@ def attention(q, k, v, scale):
     q (B, heads, Q, key), k (B, heads, T, key), v (B, heads, T, value) -> (B, heads, Q, value), (B, T) averaged over heads.
     """
     if _fused_attention is None or q.device.type == "cpu":
-        if q.device.type == "cpu" and _numel(q, k) > 2 * ATTENTION_CHUNK and not _is_traced():
+        if q.device.type == "cpu" and not _is_traced() and _numel(q, k) > 2 * ATTENTION_CHUNK:
             return _attention_in_chunks(q * scale, k, v)
         attn = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, Q, T)
         return attn @ v, attn[:, :, 0].mean(dim=1)
@@ -201,7 +220,7 @@ _LINEAR_BY_CONVOLUTION = _numbers(torch.__version__) >= (2, 4) and torch.backend
 def linear(x, weight, bias=None):
     """torch.nn.functional.linear, (..., C_in) -> (..., C_out), as a 1x1 convolution where that is faster."""
     by_convolution = _LINEAR_BY_CONVOLUTION and x.device.type == "cpu" and x.dtype is torch.float32
-    if not by_convolution or torch.is_autocast_enabled("cpu"):
+    if not by_convolution or torch.is_autocast_enabled("cpu") or _is_exported():
         return nn.functional.linear(x, weight, bias)
     rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C_in, rows, 1), channels last
     y = nn.functional.conv2d(rows, weight[:, :, None, None], bias)
@@ -395,3 +414,43 @@ def load_safetensors(path):
         framework, convert = "np", torch.from_numpy
     with safe_open(path, framework) as f:
         return {name: convert(f.get_tensor(name)) for name in f.keys()}, f.metadata() or {}
+
+
+# --- torch 1.5 writes ONNX that holds for one batch size. torch 2.9 on writes it in another way unless told
+# otherwise, which needs further packages and the opset 18 or a newer one.
+CAN_EXPORT_ONNX = _numbers(torch.__version__) >= (1, 8)
+CAN_EXPORT_PT2 = _numbers(torch.__version__) >= (2, 2)
+ONNX_OPSET = 11  # the oldest that has the operators: converters know it best
+
+
+def export_onnx(model, images, file):
+    """Writes `model`, in eval mode, to `file` as ONNX from `images` (B, 3, H, H) to `logits`, for any batch size B."""
+    import inspect
+    options = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python values that are fixed by tracing: token counts are meant to be
+        torch.onnx.export(model, (images,), file, opset_version=ONNX_OPSET, input_names=["images"], output_names=["logits"],
+                          dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}}, **options)
+
+
+# --- torch 1.5 keeps further files in a map of its own, and cannot freeze.
+def save_torchscript(model, images, file, extra_files):
+    """Writes `model`, in eval mode and traced with `images`, to `file` as TorchScript, with {name: text} beside it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what tracing fixes, and that newer PyTorch prefers pt2
+        traced = torch.jit.trace(model, images)
+        if hasattr(torch.jit, "freeze"):
+            traced = torch.jit.freeze(traced)
+        else:
+            files = torch._C.ExtraFilesMap()
+            for name, content in extra_files.items():
+                files[name] = content
+            extra_files = files
+        torch.jit.save(traced, file, _extra_files=extra_files)
+
+
+def load_torchscript(path):
+    """torch.jit.load, without the word that newer PyTorch prefers pt2."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.load(path)

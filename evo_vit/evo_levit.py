@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .compat import Hardswish, attention, register_model, stable_argsort_descending, trunc_normal_
+from .compat import Hardswish, attention, feature_extractor, register_model, top_places, trunc_normal_
 from .layers import BN_Linear, Conv2d_BN, Linear_BN, fuse_batch_norms
 
 PATCH_SIZE = 16  # the stem's four stride-2 convolutions
@@ -44,7 +44,7 @@ def _evolve(residuals, x, state, num_slow, learned):
     x is (B, 1 + N, C) and its tokens stay in their places: only the slow ones are read out and written back. Of equal
     scores the first in the grid is taken (where PyTorch has a stable sort, 1.9 on).
     """
-    slow = stable_argsort_descending(state.score)[:, :num_slow]  # (B, K)
+    slow = top_places(state.score, num_slow)  # (B, K)
     places = F.pad(slow + 1, (1, 0)).unsqueeze(-1).expand(-1, -1, x.shape[-1])  # the class token's place is 0
 
     weight = state.score.scatter(1, slow, 0.0)
@@ -244,8 +244,9 @@ class EvoLeViT(nn.Module):
     """Evo-LeViT classifier.
 
     Two execution modes share the weights: stage-wise (tokens selected once per stage) and layer-wise (in every
-    block). In training the output is a tuple of logits (patch, patch distillation, class, class distillation), each
-    (B, num_classes), or the patch logits alone without distillation; in eval it is the mean of the two patch heads.
+    block). The logits (B, num_classes) are the mean of the two patch heads, or the patch head's without distillation.
+    With `set_distilled_training(True)` the output in training is the tuple that the recipe's loss takes: (patch, patch
+    distillation, class, class distillation).
 
     Args:
         embed_dim, num_heads, depth: one value per stage.
@@ -272,6 +273,9 @@ class EvoLeViT(nn.Module):
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = embed_dim[-1]
         self.distillation = distillation
+        self.distilled_training = False
+        self.feature_info = [dict(num_chs=dim, reduction=PATCH_SIZE << stage, module="stage_blocks.{}".format(stage))
+                             for stage, dim in enumerate(embed_dim)]
 
         resolution = img_size // PATCH_SIZE
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim[0]))
@@ -315,7 +319,21 @@ class EvoLeViT(nn.Module):
         """Select tokens (True, as built) or update all of them in every block (False)."""
         self.token_selection = bool(enabled)
 
+    def keep_ratios(self):
+        """For each stage the share of patch tokens that its blocks update slowly, averaged over them, as the switches are."""
+        ratios = [[]]
+        for block in self.blocks:
+            if isinstance(block, AttentionSubsample):
+                ratios.append([])
+            elif isinstance(block, EvoBlock):
+                ratios[-1].append(block.keep_ratio if self.token_selection else 1)
+        return [sum(stage) / len(stage) for stage in ratios]
+
     # timm's model interface.
+
+    def set_distilled_training(self, enabled):
+        """In training, give all heads' logits (True), or what eval gives (False, as built)."""
+        self.distilled_training = bool(enabled)
 
     @torch.jit.ignore
     def no_weight_decay(self):
@@ -335,8 +353,13 @@ class EvoLeViT(nn.Module):
             head = BN_Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
             setattr(self, name, head.to(device=like.device, dtype=like.dtype))
 
-    def forward_tokens(self, x):
-        """Images (B, 3, H, H) -> (class token and patch tokens (B, 1 + N, C), TokenState of the patch tokens)."""
+    def forward_stages(self, x):
+        """Images (B, 3, H, H) -> for each stage its result: [(class token and patch tokens (B, 1 + N, C), TokenState)].
+
+        A stage's patch tokens lie row by row in a square grid and stand for 16, 32 or 64 pixels a side (feature_info's
+        `reduction`), at the bottom and the right edge for those that are left. In the TokenState, `score` is the global
+        class attention of each and `slow` says which were selected last (None: the stage selects none).
+        """
         if tuple(x.shape[-2:]) != (self.img_size, self.img_size):
             raise ValueError("this Evo-LeViT was built for {0} x {0} images and got {1} x {2}; "
                              "build it with img_size set to the size of the images"
@@ -344,13 +367,44 @@ class EvoLeViT(nn.Module):
         mode = Mode(self.token_selection, self.learn_tradeoff)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, C)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.poss
-        state = TokenState(None)
+        state, stages = TokenState(None), []
         for block in (self.stage_blocks if self.stage_wise else self.blocks):
+            if isinstance(block, AttentionSubsample):
+                stages.append((x, state))
             if isinstance(block, Residual):
                 x, state = _update_all((block,), x, state, mode)
             else:
                 x, state = block(x, state, mode)
-        return x, state
+        return stages + [(x, state)]
+
+    def forward_tokens(self, x):
+        """Images (B, 3, H, H) -> (class token and patch tokens (B, 1 + N, C), TokenState of the patch tokens) of the last
+        stage."""
+        return self.forward_stages(x)[-1]
+
+    def forward_intermediates(self, x, indices=None, norm=False, stop_early=False, output_fmt="NCHW",
+                              intermediates_only=False):
+        """Images (B, 3, H, H) -> (class token and patch tokens of the last stage, [patch tokens of each stage]), as timm's
+        models give them.
+
+        indices: stages to return, all if None, the last n for a number n. output_fmt: "NCHW" (B, C, n, n) or "NLC"
+        (B, N, C). intermediates_only: return the list alone. norm and stop_early change nothing: there is no final norm,
+        and the last stage is the cheapest. Raises ValueError for another format or a stage that does not exist.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError("output_fmt {!r} is neither NCHW nor NLC".format(output_fmt))
+        count = len(self.feature_info)
+        if indices is None:
+            indices = range(count)
+        elif isinstance(indices, int):
+            indices = range(count - indices, count)
+        if any(not -count <= index < count for index in indices):
+            raise ValueError("indices {}: the stages are 0 to {}".format(list(indices), count - 1))
+        stages = [tokens for tokens, _ in self.forward_stages(x)]
+        features = [stages[index][:, 1:] for index in indices]
+        if output_fmt == "NCHW":
+            features = [f.transpose(1, 2).reshape(f.shape[0], f.shape[2], int(f.shape[1] ** 0.5), -1) for f in features]
+        return features if intermediates_only else (stages[-1], features)
 
     def forward_features(self, x):
         """Images (B, 3, H, H) -> class token and patch tokens after the last block, (B, 1 + N, C)."""
@@ -363,7 +417,7 @@ class EvoLeViT(nn.Module):
             return patch
         if not self.distillation:
             return self.head(patch)
-        if self.training:
+        if self.training and self.distilled_training:
             cls = x[:, 0]
             return self.head(patch), self.head_dist(patch), self.head_cls(cls), self.head_cls_dist(cls)
         return (self.head(patch) + self.head_dist(patch)) / 2
@@ -403,6 +457,7 @@ def _default_cfg(img_size):
                 first_conv="patch_embed.0.c", classifier=("head.l", "head_dist.l"))
 
 
+_FIXED = {"in_chans": 3, "drop_rate": 0.0, "global_pool": "avg"}  # what timm's scripts ask every model for
 default_cfgs = {}  # timm's registry reads this table
 
 
@@ -410,9 +465,13 @@ def _register(name, variant, default_size):
     """Registers `variant` with timm under `name`."""
     cfg = default_cfgs[name] = _default_cfg(default_size)
 
-    def build(pretrained=False, num_classes=1000, distillation=True, drop_path_rate=None, img_size=None, **kwargs):
+    def build(pretrained=False, num_classes=1000, distillation=True, drop_path_rate=None, img_size=None,
+              features_only=False, out_indices=(0, 1, 2), **kwargs):
         for timm_only in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
             kwargs.pop(timm_only, None)
+        for option, value in _FIXED.items():
+            if kwargs.pop(option, value) != value:
+                raise ValueError("{} of {} is {} and cannot be changed".format(option, name, value))
         if pretrained:
             raise RuntimeError("no weights of {} are published at a fixed address; "
                                "load a checkpoint file instead (checkpoint_path=...)".format(name))
@@ -422,7 +481,7 @@ def _register(name, variant, default_size):
         model = EvoLeViT(**config, **kwargs)
         model.default_cfg = model.pretrained_cfg = dict(
             cfg, architecture=name, num_classes=num_classes, input_size=(3, model.img_size, model.img_size))
-        return model
+        return feature_extractor(model, out_indices) if features_only else model
 
     build.__name__ = build.__qualname__ = name
     build.__doc__ = "{} at {} pixels; keyword arguments as EvoLeViT's.".format(name, default_size)

@@ -44,7 +44,19 @@ def build_model(name, num_classes, img_size, distillation=False, drop_path_rate=
     except (ValueError, AssertionError) as error:
         raise UserError("--input-size {}: {}".format(img_size, error))
     assert isinstance(model, EvoLeViT) == evo
+    if evo:
+        model.set_distilled_training(distillation)
     return model
+
+
+def fold_like(state, model):
+    """`model` with its batch norms folded where they are in the state dict `state` (export.py --format safetensors)."""
+    return model.fuse() if isinstance(model, EvoLeViT) and "patch_embed.0.weight" in state else model
+
+
+def keep_ratios(model):
+    """EvoLeViT.keep_ratios() of an Evo-LeViT; other models keep all tokens in their one stage."""
+    return model.keep_ratios() if isinstance(model, EvoLeViT) else [1]
 
 
 def apply_token_schedule(model, epoch, prune_warmup_epoch, stage_wise_epoch):

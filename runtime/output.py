@@ -1,4 +1,4 @@
-"""The output folder of a run: checkpoint.pth, best_checkpoint.pth, log.txt and summary.json."""
+"""The output folder of a run: checkpoint.pth, best_checkpoint.pth, log.txt, args.json and summary.json."""
 import json
 import os
 import shutil
@@ -7,7 +7,7 @@ import statistics
 from .checkpoint import BEST, NEWEST, OLDER, write_whole
 from .errors import UserError
 
-FILES = (NEWEST, OLDER, BEST, "log.txt", "summary.json")
+FILES = (NEWEST, OLDER, BEST, "log.txt", "args.json", "summary.json", "tensorboard")
 
 
 def prepare_output_dir(path, fresh, checkpoint_size, say):
@@ -49,6 +49,12 @@ def summarize(log, global_batch):
     return {"global_batch": global_batch, "epochs": len(log), "images_per_s": speed,
             "step_ms": 1000 * global_batch / speed if speed else 0.0, "train_loss": log[-1]["train_loss"],
             "test_acc1": log[-1]["test_acc1"]}
+
+
+def write_args(path, args):
+    """Writes args.json: the run's flags and what was derived from them. Raises SaveFailed."""
+    text = json.dumps(vars(args), indent=1, sort_keys=True) + "\n"
+    write_whole(os.path.join(path, "args.json"), lambda f: f.write(text.encode()))
 
 
 def write_summary(path, values):

@@ -16,6 +16,8 @@ from torch.utils.data.dataloader import default_collate
 
 from .randomness import drawing_from
 
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
 
 class DamagedImage(Exception):
     """A picture file that cannot be decoded."""

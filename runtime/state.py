@@ -10,16 +10,18 @@ from .optimizer import load_optimizer_state
 class TrainingState:
     """Model, average, optimiser, schedule, precision, and where the run stands.
 
+    classes: names of the data set's classes, which go along for who uses the checkpoint.
     Where it stands: `epoch` and, inside it, `progress` (None at an epoch's start, else the images that all processes have
     seen and each one's sum of losses); `max_accuracy` so far; `log`, one dict per finished epoch.
     """
 
-    def __init__(self, model, model_ema, optimizer, lr_scheduler, precision, args):
+    def __init__(self, model, model_ema, optimizer, lr_scheduler, precision, classes, args):
         self.model = model
         self.model_ema = model_ema
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.precision = precision
+        self.classes = classes
         self.args = args
         self.epoch = args.start_epoch
         self.progress = None
@@ -32,7 +34,8 @@ class TrainingState:
                 "model_ema": self.model_ema.module.state_dict() if self.model_ema is not None else None,
                 "lr_scheduler": self.lr_scheduler.state_dict(), "amp_backend": self.precision.backend,
                 "scaler": self.precision.state_dict(), "epoch": self.epoch - 1, "progress": self.progress,
-                "max_accuracy": self.max_accuracy, "log": self.log, "args": vars(self.args)}
+                "max_accuracy": self.max_accuracy, "log": self.log, "classes": self.classes,
+                "args": vars(self.args)}
 
     def size_on_disk(self):
         """About how many bytes a checkpoint takes: the weights, their average, and AdamW's two moments."""

@@ -14,5 +14,23 @@ while [ $# -gt 0 ]; do
         *) break ;;
     esac
 done
+# The pages are opened in a real browser. Root on Debian gets it installed, others are told.
+install_chromium() {
+    if command -v chromedriver >/dev/null; then
+        return
+    fi
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "== Chromium and its driver, for the tests of the pages (once)"
+        apt-get update -qq >/dev/null 2>&1 || true
+        if DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null 2>&1; then
+            return
+        fi
+    fi
+    echo "note: there is no Chromium with its driver, so the tests of the pages are skipped" \
+        "(Debian: apt-get install chromium chromium-driver)"
+}
+if [ "$line" = current ]; then
+    install_chromium
+fi
 make_venv ".venv-test-$line" "$line" test/unit/requirements.txt
 exec ".venv-test-$line/bin/python" -m pytest ${which[@]+"${which[@]}"} "$@"

@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import main  # noqa: E402  (imported once; each life of a run is a fork of this process)
 import torch  # noqa: E402
 
-TIMES = ("seconds", "train_images_per_s", "test_images_per_s", "peak_memory_mb", "waiting_for_data", "mfu")
+TIMES = ("seconds", "train_seconds", "train_images_per_s", "test_images_per_s", "peak_memory_mb", "waiting_for_data", "mfu")
 
 
 def flags(data, out, processes):

@@ -47,6 +47,7 @@ def fill(model, gain=1.25):
 def build(name, gain=1.25, **kwargs):
     """The named model in float64 with the reference weights, drop path off."""
     model = timm.create_model(name, distillation=True, drop_path_rate=0.0, **kwargs).double()
+    model.set_distilled_training(True)
     fill(model, gain)
     return model
 
