@@ -1,13 +1,20 @@
 """main.py as its users run it, at a size that tests can afford, and real pictures to run it on."""
 import importlib.util
 import os
+import shutil
 import socket
 import subprocess
 import sys
 
+import pytest
+import torch
+
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 MAIN = os.path.join(ROOT, "main.py")
 SMALL = ["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--batch-size", "32"]
+
+# For what takes half a minute and behaves alike on all lines: CI runs the slow tests on the current line, and all others on all.
+slow_on_the_current_line = pytest.mark.slow if hasattr(torch, "compile") else lambda test: test
 
 
 def run(command, cwd=ROOT, env=(), timeout=500):
@@ -41,6 +48,14 @@ def launchers(processes):
     else:
         found["launch --use_env"] = found["launch"] + ["--use_env"]
     return found
+
+
+def copy_package(folder):
+    """What `pip install .` builds from, copied to `folder`, so that the build leaves nothing in the repository."""
+    shutil.copytree(os.path.join(ROOT, "evo_vit"), str(folder / "evo_vit"), ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(os.path.join(ROOT, name), str(folder))
+    return folder
 
 
 def write_digits(folder, classes, train, val):

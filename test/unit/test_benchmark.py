@@ -35,12 +35,13 @@ def test_inference_compares_contenders_at_every_batch_and_size(tmp_path):
 
 
 def test_training_step_memory_and_breakdown(tmp_path):
-    report, _ = measure(tmp_path, "train", "--input-size", 64, "--memory", "--compare",
-                        "EvoLeViT_128S,plain,teacher=regnety_002", "EvoLeViT_128S,teacher=regnety_002,teacher-size=32",
-                        "EvoLeViT_128S,stored", "EvoLeViT_128S,teacher=none")
-    plain, small, stored, none = report["rows"]
-    assert plain["gflops"] > small["gflops"] > stored["gflops"] == none["gflops"]
+    train = ["train", "--input-size", 64, "--compare"]
+    report, _ = measure(tmp_path, *train + ["EvoLeViT_128S,plain,teacher=regnety_002", "EvoLeViT_128S,stored", "--memory"])
+    plain, stored = report["rows"]
     assert all(100 < row["peak_memory_mb"] < 4000 for row in report["rows"])
+    report, _ = measure(tmp_path, *train + ["EvoLeViT_128S,teacher=regnety_002,teacher-size=32", "EvoLeViT_128S,teacher=none"])
+    small, none = report["rows"]
+    assert plain["gflops"] > small["gflops"] > stored["gflops"] == none["gflops"]
     report, _ = measure(tmp_path, "breakdown", "--input-size", 64, "--compare", "EvoLeViT_128S,teacher=regnety_002")
     shares = {row["part"]: row["share"] for row in report["rows"]}
     assert set(shares) == {"data (one core)", "transfer, normalisation", "teacher forward", "student forward", "loss",

@@ -79,7 +79,7 @@ def test_main_trains_and_evaluates_in_two_processes(launcher, digit_folder, teac
         launch=commands.launchers(2)[launcher])
     assert "Device: cpu x 2" in printed and printed.count("Model: ") == 1
     assert "Global batch: 64 = 32 images x 2 processes" in printed
-    assert sorted(os.listdir(str(tmp_path / "save"))) == ["best_checkpoint.pth", "checkpoint.previous.pth",
+    assert sorted(os.listdir(str(tmp_path / "save"))) == ["args.json", "best_checkpoint.pth", "checkpoint.previous.pth",
                                                           "checkpoint.pth", "log.txt", "summary.json"]
     with open(str(tmp_path / "save" / "log.txt")) as f:
         last = json.loads(f.read().splitlines()[-1])

@@ -1,6 +1,7 @@
 """Files from strangers: checkpoints that are damaged or hostile, pictures that cannot be decoded, weights from elsewhere."""
 import argparse
 import functools
+import hashlib
 import http.server
 import io
 import json
@@ -165,13 +166,18 @@ def test_an_output_folder_that_cannot_be_used_is_found_before_training(few_digit
         assert stopped.value.code == 2 and err.count("\n") == 1 and sentence in err
 
 
-def test_weights_travel_as_safetensors_and_by_url(student, digit_folder, tmp_path):
+def test_weights_travel_as_safetensors_and_by_url(student, digit_folder, tmp_path, capsys, monkeypatch):
     source = os.path.join(student[0], "checkpoint.pth")
     exported = tmp_path / "weights.safetensors"
-    first = commands.succeed("--eval", "--resume", source, "--export-weights", exported, small=["--device", "cpu"])
-    again = commands.succeed("--eval", "--resume", exported, "--data-path", digit_folder, small=["--device", "cpu"])
-    line = [text for text in first.splitlines() if text.startswith("Acc@1")][0].split("  images/s")[0]
-    assert line in again
+
+    def evaluate(path, *flags):
+        """The line of the figures, without the speed."""
+        main.main(["--eval", "--device", "cpu", "--num_workers", "0", "--resume", str(path)] + [str(flag) for flag in flags])
+        (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("Acc@1")]
+        return line.split("  images/s")[0]
+
+    line = evaluate(source, "--export-weights", exported)
+    assert evaluate(exported, "--data-path", digit_folder) == line
     tuned = commands.succeed("--finetune", exported, "--model", "EvoLeViT_128S", "--distillation-type", "none", "--epochs", 1,
                              "--max-steps", 1, "--data-path", digit_folder, "--output_dir", tmp_path / "out")
     assert "Finetuning from" in tuned
@@ -180,25 +186,27 @@ def test_weights_travel_as_safetensors_and_by_url(student, digit_folder, tmp_pat
     served.mkdir()
     with open(source, "rb") as f:
         content = f.read()
-    import hashlib
     right = "student-{}.pth".format(hashlib.sha256(content).hexdigest()[:8])
     for name in (right, "student-00000000.pth"):
         (served / name).write_bytes(content)
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(served))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    command = [sys.executable, commands.MAIN, "--eval", "--device", "cpu", "--resume"]
-    address, env = "http://127.0.0.1:{}/".format(server.server_port), {"TORCH_HOME": str(tmp_path / "cache"), "no_proxy": "*"}
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    address = "http://127.0.0.1:{}/".format(server.server_port)
     try:
-        code, out, err = commands.run(command + [address + right], env=env)
-        assert code == 0 and line in out, err
+        assert evaluate(address + right) == line
         for name, sentence in (("student-00000000.pth", "its SHA-256 starts with"), ("nothing.pth", "cannot be fetched")):
-            code, out, err = commands.run(command + [address + name], env=env)
-            assert (code, out) == (2, "") and err.count("\n") == 1 and sentence in err
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as stopped:
+                main.main(["--eval", "--device", "cpu", "--resume", address + name])
+            out, err = capsys.readouterr()
+            assert (stopped.value.code, out) == (2, "") and err.count("\n") == 1 and sentence in err
     finally:
         server.shutdown()
-    code, out, err = commands.run(command + [address + right], env=env)
-    assert code == 0 and line in out, "the file is in the cache now, and the server gone"
+    assert evaluate(address + right) == line, "the file is in the cache now, and the server gone"
 
 
 def test_a_safetensors_teacher_gives_the_teachers_logits(teacher, tmp_path):
@@ -255,7 +263,7 @@ def test_every_kind_of_readable_picture_becomes_rgb(tmp_path):
     assert 100 < grey.mean() < 155 and grey.std() > 50  # a 16-bit picture keeps its greys
 
 
-def test_a_hundred_bad_pictures_are_named_and_nothing_stops(few_digits, tmp_path):
+def test_a_hundred_bad_pictures_are_named_and_nothing_stops(few_digits, tmp_path, capsys):
     root = tmp_path / "data"
     shutil.copytree(few_digits, str(root))
     bad = {"train": [], "val": []}
@@ -278,9 +286,8 @@ def test_a_hundred_bad_pictures_are_named_and_nothing_stops(few_digits, tmp_path
         last = json.loads(f.read().splitlines()[-1])
     assert (last["test_images"], last["test_damaged"], last["damaged_images"]) == (60, 50, 50)
     assert last["test_acc5"] <= 100 * 10 / 60
-    code, out, err = commands.run([sys.executable, commands.MAIN, "--eval", "--device", "cpu", "--resume",
-                                   tmp_path / "out" / "checkpoint.pth"])
-    assert code == 0 and "50 damaged images, named above, count as wrong" in out
+    main.main(["--eval", "--device", "cpu", "--num_workers", "0", "--resume", str(tmp_path / "out" / "checkpoint.pth")])
+    assert "50 damaged images, named above, count as wrong" in capsys.readouterr().out
     code, out, err = commands.run([sys.executable, commands.MAIN] + flags + ["--output_dir", tmp_path / "few", "--max-bad-images", 5])
     assert code == 1 and err.splitlines()[-1].startswith("error: training stopped: ") and "--max-bad-images allows 5" in err
     assert "Traceback" not in err

@@ -78,7 +78,7 @@ def test_one_process_trains_to_the_end_from_the_folder_test(checkout, digit_fold
     assert out.splitlines()[0] == "Device: cpu x 1, collectives by gloo (no NPU here)"
     summary, log = check_outputs(checkout, out, "acc", 1, 32, checkout / "save")
     assert summary["epochs"] == 2 and "Epoch 1 (stage-wise)" in log
-    assert sorted(os.listdir(str(checkout / "save"))) == ["best_checkpoint.pth", "checkpoint.previous.pth",
+    assert sorted(os.listdir(str(checkout / "save"))) == ["args.json", "best_checkpoint.pth", "checkpoint.previous.pth",
                                                           "checkpoint.pth", "log.txt", "summary.json"]
 
 
@@ -95,6 +95,7 @@ def test_one_process_measures_speed_and_keeps_an_earlier_run_aside(checkout, dig
     assert (checkout / "out" / "previous-1" / "summary.json").exists()
 
 
+@commands.slow_on_the_current_line
 def test_eight_processes_measure_speed(checkout, digit_folder):
     code, out, err = launch(checkout, "train_performance_8P", "--data_path=" + digit_folder, "--batch-size=4", *TINY +
                             UNDISTILLED)

@@ -1,7 +1,6 @@
 """The models as other projects use them: timm's interface, the kept tokens, and pip install."""
 import os
 import re
-import shutil
 import sys
 
 import pytest
@@ -87,10 +86,7 @@ def readme_example(name):
 
 def test_the_readmes_ten_lines_run_on_an_installed_package(student, tmp_path):
     """Built and installed by pip into a folder of its own, far from the repository."""
-    source, site, work = tmp_path / "source", tmp_path / "site", tmp_path / "work"
-    shutil.copytree(os.path.join(commands.ROOT, "evo_vit"), str(source / "evo_vit"), ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md"):
-        shutil.copy(os.path.join(commands.ROOT, name), str(source))
+    source, site, work = commands.copy_package(tmp_path / "source"), tmp_path / "site", tmp_path / "work"
     code, out, err = commands.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, source])
     assert code == 0, err
     (work / "save").mkdir(parents=True)

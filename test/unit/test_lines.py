@@ -77,7 +77,7 @@ def test_an_untested_combination_is_named_with_the_tested_ones(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("line, vendor", [("1.5", "1.5.0.post5"), ("1.8", "1.8.1+ascend.rc2")])
-def test_installing_a_lines_requirements_leaves_the_vendors_torch(line, vendor, tmp_path):
+def test_installing_a_lines_requirements_and_the_models_leaves_the_vendors_torch(line, vendor, tmp_path):
     subprocess.run([python_of(line), "-m", "venv", str(tmp_path / "venv")], check=True, timeout=300)
     python = str(tmp_path / "venv" / "bin" / "python")
     site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], check=True,
@@ -88,8 +88,8 @@ def test_installing_a_lines_requirements_leaves_the_vendors_torch(line, vendor, 
                        ("INSTALLER", "pip\n"), ("RECORD", "")):
         with open(os.path.join(info, name), "w") as f:
             f.write(text)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "-r",
-                    os.path.join(commands.ROOT, line + "_requirements.txt")], check=True, timeout=900)
+    for what in (["-r", os.path.join(commands.ROOT, line + "_requirements.txt")], [commands.copy_package(tmp_path / "source")]):
+        subprocess.run([python, "-m", "pip", "install", "--quiet"] + what, check=True, timeout=900)
     listed = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], check=True, stdout=subprocess.PIPE,
                             universal_newlines=True).stdout.lower()
-    assert "torch=={}\n".format(vendor) in listed and "timm==0.4.12\n" in listed
+    assert "torch=={}\n".format(vendor) in listed and "timm==0.4.12\n" in listed and "evo-levit" in listed
