@@ -1,5 +1,6 @@
 """Writes a trained Evo-LeViT for use elsewhere, batch norms folded, any batch size, and compares what was written with the
 model on real pictures: validation pictures of its data set, those that are named, or parts of two photographs."""
+import copy
 import io
 import json
 import os
@@ -13,8 +14,8 @@ from evo_vit import compat
 from evo_vit.evo_levit import IMAGENET_MEAN, IMAGENET_STD
 from runtime.checkpoint import export_weights, write_whole
 from runtime.errors import UserError
-from runtime.gallery import batches, find_pictures, photographs, read_pictures, to_batch
-from runtime.models import build_model
+from runtime.gallery import find_pictures, photographs, read_pictures, to_batch
+from runtime.models import set_mode
 from runtime.restore import add_checkpoint_flags, restore_model
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".pt", "pt2": ".pt2", "safetensors": ".safetensors"}
@@ -121,20 +122,17 @@ def run(args):
     restored = restore_model(args.resume, args.model, args.input_size)
     model = restored.model
     if args.layer_wise:
-        model.set_stage_wise(False)
-        model.set_learn_tradeoff(False)
+        set_mode(model, stage_wise=False)
     source = os.path.basename(args.resume) if "://" in args.resume else args.resume
     output = args.output or os.path.splitext(source)[0] + SUFFIXES[args.format]
     if os.path.exists(output) and os.path.samefile(output, args.resume):
         raise UserError("--output {} is the checkpoint itself; name another file".format(output))
     pictures, kind = pictures_to_compare(restored, args.check_on)
+    if not pictures:
+        raise UserError("there is no picture to compare on that can be read; name some with --check-on")
     images = to_batch(pictures, build_transform(False, restored.data_set, restored.input_size))
 
-    folded = build_model(restored.name, model.num_classes, restored.input_size, model.distillation)
-    folded.load_state_dict(model.state_dict())
-    folded.eval().requires_grad_(False).fuse()
-    for switch in ("stage_wise", "learn_tradeoff", "token_selection"):
-        setattr(folded, switch, getattr(model, switch))
+    folded = copy.deepcopy(model).requires_grad_(False).fuse()
     metadata = json.dumps({
         "classes": restored.classes, "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "epoch": 0, "args": {
             "model": restored.name, "input_size": restored.input_size, "data_set": restored.data_set,

@@ -16,6 +16,7 @@ from runtime import page
 from runtime.checkpoint import write_whole
 from runtime.errors import UserError
 from runtime.gallery import batches, find_pictures, read_pictures, to_batch
+from runtime.models import set_mode
 from runtime.restore import add_checkpoint_flags, restore_model
 
 MODES = ("stage-wise", "layer-wise")
@@ -97,34 +98,42 @@ def draw(pixels, maps, guesses, title):
     return figure
 
 
+def draw_batch(restored, pictures):
+    """For each of the runtime.gallery.Pictures [(mode, its guesses [(class, probability)], PNG file's bytes)]."""
+    transform = build_transform(False, restored.data_set, restored.input_size)
+    images = to_batch(pictures, transform)
+    drawn = [[] for _ in pictures]
+    for mode in MODES:
+        set_mode(restored.model, mode == "stage-wise")
+        maps, logits = stage_maps(restored.model, images)
+        best, places = (values.tolist() for values in logits.softmax(dim=1).topk(min(5, logits.shape[1]), dim=1))
+        for number, picture in enumerate(pictures):
+            guesses = [(restored.classes[place], value) for place, value in zip(places[number], best[number])]
+            figure = draw(transform(picture.image)[0].numpy(), maps[number], guesses, mode)
+            drawn[number].append((mode, guesses, page.draw(figure, "png")))
+    return drawn
+
+
+def prepare_output_dir(folder):
+    """Makes the folder, without the PNG files of an earlier run; raises UserError where it cannot be written."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for name in os.listdir(folder):
+            if re.match(r"\d{4}-.*\.(stage|layer)-wise\.png$", name):
+                os.remove(os.path.join(folder, name))
+    except OSError as error:
+        raise UserError("--output_dir: {} cannot be written ({})".format(folder, error.strerror))
+
+
 def run(args):
     tool.need("visualize.py", "matplotlib")
     restored = restore_model(args.resume, args.model, args.input_size)
     pictures = read_pictures(find_pictures(args.paths)) if args.paths else \
         validation_pictures(restored.data_set, args.data_path or restored.data_path, restored.inat_category, args.count)
-    transform = build_transform(False, restored.data_set, restored.input_size)
-    try:
-        os.makedirs(args.output_dir, exist_ok=True)
-        for name in os.listdir(args.output_dir):
-            if re.match(r"\d{4}-.*\.(stage|layer)-wise\.png$", name):  # of an earlier run
-                os.remove(os.path.join(args.output_dir, name))
-    except OSError as error:
-        raise UserError("--output_dir: {} cannot be written ({})".format(args.output_dir, error.strerror))
+    prepare_output_dir(args.output_dir)
     body, shown = [], 0
     for batch in batches(pictures, BATCH):
-        images = to_batch(batch, transform)
-        figures = [[] for _ in batch]
-        for mode in MODES:
-            restored.model.set_stage_wise(mode == "stage-wise")
-            restored.model.set_learn_tradeoff(mode == "stage-wise")
-            maps, logits = stage_maps(restored.model, images)
-            best, places = logits.softmax(dim=1).topk(min(5, logits.shape[1]), dim=1)
-            for number, picture in enumerate(batch):
-                guesses = [(restored.classes[place], value) for place, value in
-                           zip(places[number].tolist(), best[number].tolist())]
-                figure = draw(transform(picture.image)[0].numpy(), maps[number], guesses, mode)
-                figures[number].append((mode, guesses, page.draw(figure, "png")))
-        for picture, drawn in zip(batch, figures):
+        for picture, drawn in zip(batch, draw_batch(restored, batch)):
             name = "".join(c if c.isalnum() or c in "-_." else "_" for c in os.path.basename(picture.name))
             body.append("<h2>{}</h2>".format(page.text(picture.name)))
             for mode, guesses, content in drawn:
@@ -135,11 +144,9 @@ def run(args):
             shown += 1
     if not shown:
         raise UserError("there is no picture that can be read")
-    about = ("<p>{}, {} pixels, {}. The checkpoint {} was last trained {}.</p><p>Above, what each stage's tokens stand for, dimmed "
-             "where they were not selected last; below, the global class attention after the stage, bright where it is "
-             "high.</p>").format(
-        restored.name, restored.input_size, "one picture" if shown == 1 else "{} pictures".format(shown),
-        page.text(args.resume), restored.mode)
+    about = ("<p>{}, {} pixels, {} pictures. The checkpoint {} was last trained {}.</p><p>Above, what each stage's tokens stand for, "
+             "dimmed where they were not selected last; below, the global class attention after the stage, bright where it is "
+             "high.</p>").format(restored.name, restored.input_size, shown, page.text(args.resume), restored.mode)
     target = os.path.join(args.output_dir, "index.html")
     write_whole(target, lambda f: f.write(page.page("Tokens that {} keeps".format(restored.name), about + "\n".join(body)).encode()))
     print("{} pictures; {} shows them all, the PNG files lie beside it".format(shown, target))

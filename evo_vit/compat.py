@@ -154,8 +154,8 @@ def top_places(x, k):
     return x.argsort(dim=1, descending=True)[:, :k]
 
 
-# --- torch before 2.1 has no fused attention with a scale of one's own. On a CPU it is slower than the plain products for heads of such sizes
-# (values twice as wide as keys), so it serves accelerators.
+# --- torch before 2.1 has no fused attention with a scale of one's own. On a CPU it is slower than the plain products for
+# heads of such sizes (values twice as wide as keys), so it serves accelerators.
 _fused_attention = nn.functional.scaled_dot_product_attention if _numbers(torch.__version__) >= (2, 1) else None
 
 

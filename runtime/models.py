@@ -59,6 +59,12 @@ def keep_ratios(model):
     return model.keep_ratios() if isinstance(model, EvoLeViT) else [1]
 
 
+def set_mode(model, stage_wise):
+    """Puts an Evo-LeViT into one of the modes it is trained in: stage-wise with the learned trade-off, or layer-wise with 0.5."""
+    model.set_stage_wise(stage_wise)
+    model.set_learn_tradeoff(stage_wise)
+
+
 def apply_token_schedule(model, epoch, prune_warmup_epoch, stage_wise_epoch):
     """Puts an Evo-LeViT into the mode of `epoch` and says which: no selection before `prune_warmup_epoch`, then
     layer-wise with trade-off 0.5, stage-wise with the learned trade-off from `stage_wise_epoch` on (paper, section
@@ -67,7 +73,6 @@ def apply_token_schedule(model, epoch, prune_warmup_epoch, stage_wise_epoch):
         return "plain"
     stage_wise = epoch >= stage_wise_epoch
     select = epoch >= prune_warmup_epoch
-    model.set_stage_wise(stage_wise)
-    model.set_learn_tradeoff(stage_wise)
+    set_mode(model, stage_wise)
     model.set_token_selection(select)
     return ("stage-wise" if stage_wise else "layer-wise") + ("" if select else ", no token selection")

@@ -5,30 +5,25 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
-import evo_vit  # noqa: E402,F401
+from runtime import tool  # noqa: E402,F401  (first: it makes torchvision importable on a CPU-only PyTorch)
 import torch  # noqa: E402
 
 from datasets import build_dataset, build_transform  # noqa: E402
-from runtime.checkpoint import load_checkpoint, load_weights, model_state, saved_settings  # noqa: E402
-from runtime.models import apply_token_schedule, build_model  # noqa: E402
 from runtime.pictures import EvaluationView, collate, normalize  # noqa: E402
 from runtime.precision import Precision, build_precision  # noqa: E402
+from runtime.restore import restore_model  # noqa: E402
 
 
 @torch.no_grad()
 def main(path):
-    checkpoint = load_checkpoint(path, "CHECKPOINT")
-    saved = saved_settings(checkpoint, path, "CHECKPOINT")
-    state, size = model_state(checkpoint, path, "CHECKPOINT"), saved["input_size"]
-    model = build_model(saved["model"], 10, size, distillation="head_dist.l.weight" in state).eval()
-    load_weights(model, state, saved["model"], path, "CHECKPOINT")
-    apply_token_schedule(model, saved["epoch"], saved["prune_warmup_epoch"], saved["stage_wise_epoch"])
-    view = EvaluationView(build_dataset(False, "DIGITS", None, build_transform(False, "DIGITS", size))[0], size)
+    restored = restore_model(path, flag="CHECKPOINT")
+    dataset, _ = build_dataset(False, "DIGITS", None, build_transform(False, "DIGITS", restored.input_size))
+    view = EvaluationView(dataset, restored.input_size)
     loader = torch.utils.data.DataLoader(view, batch_size=32, collate_fn=collate)
     device, choices = torch.device("cpu"), []
     for precision in (Precision(), build_precision(device, "native")):
         with precision.autocast():
-            choices.append(torch.cat([model(normalize(batch[0], device)).argmax(1) for batch in loader]))
+            choices.append(torch.cat([restored.model(normalize(batch[0], device)).argmax(1) for batch in loader]))
     same = (choices[0] == choices[1]).sum().item()
     print("{} of {} pictures, {:.2f} %".format(same, len(view), 100.0 * same / len(view)))
 

@@ -11,6 +11,7 @@ import numpy as np  # noqa: E402
 
 from datasets import build_transform, validation_pictures  # noqa: E402
 from runtime.gallery import batches, to_batch  # noqa: E402
+from runtime.models import set_mode  # noqa: E402
 from runtime.restore import restore_model  # noqa: E402
 from visualize import MODES, stage_maps  # noqa: E402
 
@@ -36,8 +37,7 @@ def measure(restored, count):
         images = to_batch(batch, transform)
         pixels = [transform(picture.image)[0].numpy().mean(axis=2) for picture in batch]
         for mode in MODES:
-            restored.model.set_stage_wise(mode == "stage-wise")
-            restored.model.set_learn_tradeoff(mode == "stage-wise")
+            set_mode(restored.model, mode == "stage-wise")
             for grey, maps in zip(pixels, stage_maps(restored.model, images)[0]):
                 ink = grey >= INK
                 for number, (stage, info) in enumerate(zip(maps, restored.model.feature_info), 1):
