@@ -10,6 +10,7 @@ import torch
 import commands
 from evo_vit import compat  # noqa: F401
 from timm.data import create_transform, resolve_data_config
+from timm.loss import LabelSmoothingCrossEntropy
 
 
 def small(**options):
@@ -42,7 +43,7 @@ def test_what_timms_scripts_pass_along_is_accepted_or_refused_by_name():
 
 def test_training_gives_logits_for_timms_losses_unless_the_recipe_asks_for_all_heads():
     model, images = small().train(), torch.randn(2, 3, 112, 112)
-    timm.loss.LabelSmoothingCrossEntropy()(model(images), torch.tensor([0, 1])).backward()
+    LabelSmoothingCrossEntropy()(model(images), torch.tensor([0, 1])).backward()
     assert model.head.l.weight.grad is not None and model.head_cls.l.weight.grad is None
     model.set_distilled_training(True)
     assert [logits.shape for logits in model(images)] == [(2, 7)] * 4
