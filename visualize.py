@@ -102,14 +102,15 @@ def draw_batch(restored, pictures):
     """For each of the runtime.gallery.Pictures [(mode, its guesses [(class, probability)], PNG file's bytes)]."""
     transform = build_transform(False, restored.data_set, restored.input_size)
     images = to_batch(pictures, transform)
+    pixels = [transform(picture.image)[0].numpy() for picture in pictures]
     drawn = [[] for _ in pictures]
     for mode in MODES:
         set_mode(restored.model, mode == "stage-wise")
         maps, logits = stage_maps(restored.model, images)
         best, places = (values.tolist() for values in logits.softmax(dim=1).topk(min(5, logits.shape[1]), dim=1))
-        for number, picture in enumerate(pictures):
+        for number in range(len(pictures)):
             guesses = [(restored.classes[place], value) for place, value in zip(places[number], best[number])]
-            figure = draw(transform(picture.image)[0].numpy(), maps[number], guesses, mode)
+            figure = draw(pixels[number], maps[number], guesses, mode)
             drawn[number].append((mode, guesses, page.draw(figure, "png")))
     return drawn
 

@@ -10,7 +10,7 @@ img { max-width: 100%; height: auto; display: block; margin: .5em 0; }
 table { border-collapse: collapse; margin: .5em 0; } th, td { text-align: left; padding: .15em 1.2em .15em 0; vertical-align: top; }
 th { font-weight: 600; border-bottom: 1px solid #bbb; } td { border-bottom: 1px solid #eee; overflow-wrap: anywhere; }
 .side-by-side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 0 2em; align-items: start; }
-.note { background: #fff4d6; padding: .4em .8em; } nav a { margin-right: 1em; }
+.note { background: #fff4d6; padding: .4em .8em; }
 """
 
 
