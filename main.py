@@ -494,7 +494,7 @@ def write_labels(args, device, precision, world, say):
         compat.compile_module(teacher.model, device.type, fullgraph=False)
     criterion, mixup_fn = build_criterion(args, mixup_active, num_classes, teacher)
     replicas = world.size * args.accum_steps
-    writer = LabelWriter(args.write_teacher_labels, label_settings(args, replicas, images, num_classes))
+    writer = LabelWriter(args.write_teacher_labels, label_settings(args, replicas, images, num_classes), world.is_main)
     own = [world.rank * args.accum_steps + i for i in range(args.accum_steps)]
     say("Teacher: {}, labels of {:,} images x {} epochs".format(
         args.teacher_model, sampler.updates * args.batch_size * replicas, args.epochs))
@@ -537,16 +537,13 @@ def run(args, given):
     precision = build_precision(device, args.amp_backend, args.opt_level, args.loss_scale, args.amp_dtype)
     seed_everything(args.seed + world.rank)
     distributed.init_processes(world, device, args.dist_url, timedelta(minutes=args.dist_timeout))
-    try:
-        if args.eval:
-            saved = saved_settings(checkpoint, args.resume, "--resume")
-            take_from_checkpoint(args, given, saved)
-            return evaluate_checkpoint(args, checkpoint, saved.get("epoch"), device, precision, world, say)
-        if args.write_teacher_labels:
-            return write_labels(args, device, precision, world, say)
-        return train(args, given, checkpoint, path, device, precision, world, say)
-    finally:
-        distributed.close_processes()
+    if args.eval:
+        saved = saved_settings(checkpoint, args.resume, "--resume")
+        take_from_checkpoint(args, given, saved)
+        return evaluate_checkpoint(args, checkpoint, saved.get("epoch"), device, precision, world, say)
+    if args.write_teacher_labels:
+        return write_labels(args, device, precision, world, say)
+    return train(args, given, checkpoint, path, device, precision, world, say)
 
 
 def main(argv=None):
@@ -555,13 +552,15 @@ def main(argv=None):
     try:
         return run(args, given)
     except UserError as error:
-        tell("error: {}".format(error), sys.stderr)
+        tell_error("error: {}".format(error))
         sys.exit(2)
     except Stopped:
-        tell("Stopped as asked; to go on: the same command with --resume auto", sys.stdout)
+        if is_first():
+            print("Stopped as asked; to go on: the same command with --resume auto", flush=True)
         sys.exit(0)
     except KeyboardInterrupt:  # training itself stops by way of Signals
-        tell("Interrupted", sys.stderr)
+        if is_first():
+            print("Interrupted", file=sys.stderr)
         sys.exit(130)
     except NonFiniteLoss as error:
         path = write_report(args.output_dir, error)
@@ -570,14 +569,23 @@ def main(argv=None):
         sys.exit(1)
     except (TooManyDamagedImages, DamagedImage, SaveFailed) as error:
         # of what a data loader's worker raised, the last line is the sentence, before it stands its traceback
-        tell("error: training stopped: {}".format(str(error).strip().split("\n")[-1]), sys.stderr)
+        tell_error("error: training stopped: {}".format(str(error).strip().split("\n")[-1]))
         sys.exit(1)
+    finally:
+        distributed.close_processes()  # after the sentence: the others fail as soon as this one leaves
 
 
-def tell(text, file):
-    """Prints `text` in the first of a run's processes."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=file, flush=True)
+def is_first():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def tell_error(text):
+    """Prints `text` on standard error. As a rule all processes of a run meet the same error, and the launcher ends them
+    with the first one's exit; so another one speaks only if it is still there three seconds later."""
+    if not is_first():
+        time.sleep(3)
+        text = "process {}: {}".format(os.environ["RANK"], text)
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

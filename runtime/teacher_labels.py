@@ -34,10 +34,10 @@ def _path(folder, epoch, replica):
 
 
 class LabelWriter:
-    """Fills `folder`, for a run of the given `settings` (label_settings). Raises UserError where the folder has labels of
-    other settings, SaveFailed where it cannot be written."""
+    """Fills `folder`, for a run of the given `settings` (label_settings), which the run's first process (`is_main`) writes
+    down for all. Raises UserError where the folder has labels of other settings, SaveFailed where it cannot be written."""
 
-    def __init__(self, folder, settings):
+    def __init__(self, folder, settings, is_main=True):
         self.folder = folder
         try:
             os.makedirs(folder, exist_ok=True)
@@ -45,7 +45,8 @@ class LabelWriter:
             raise UserError("--write-teacher-labels: {} cannot be made ({})".format(folder, error.strerror))
         if os.path.exists(os.path.join(folder, SETTINGS)):
             _compare(_read_settings(folder, "--write-teacher-labels"), settings, folder, "--write-teacher-labels")
-        write_whole(os.path.join(folder, SETTINGS), lambda f: f.write(json.dumps(settings, indent=2).encode()))
+        if is_main:
+            write_whole(os.path.join(folder, SETTINGS), lambda f: f.write(json.dumps(settings, indent=2).encode()))
         self.dtype = np.float32 if settings["distillation_type"] == "soft" else (
             np.int16 if settings["num_classes"] <= 2 ** 15 else np.int32)
 

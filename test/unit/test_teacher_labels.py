@@ -2,12 +2,15 @@
 import json
 import os
 import shutil
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
+import torch
 
 import commands
 import main
+from runtime.teacher_labels import LabelWriter
 
 RECIPE = ["--model", "EvoLeViT_128S", "--teacher-model", "regnety_002"]
 
@@ -61,6 +64,23 @@ def test_labels_of_two_processes_serve_one_process_that_accumulates(digit_folder
             assert np.array_equal(np.load(str(folder / name)), np.load(str(alone / name))), name
     commands.succeed("--data-path", digit_folder, "--teacher-labels", folder, "--epochs", 1, "--accum-steps", 2,
                      "--teacher-path", os.path.basename(teacher), "--output_dir", tmp_path / "out", *RECIPE)
+    cut = str(folder / "epoch-0000-replica-0001.npy")
+    os.truncate(cut, 200)  # what the second process alone stumbles over is told all the same
+    code, out, err = commands.run(launch + [commands.MAIN] + commands.SMALL + [
+        "--data-path", digit_folder, "--teacher-labels", folder, "--epochs", 1, "--teacher-path", os.path.basename(teacher),
+        "--output_dir", tmp_path / "cut"] + RECIPE)
+    assert code != 0 and "process 1: error: --teacher-labels: {} ".format(cut) in err, out + err
+
+
+def test_one_process_writes_the_settings(tmp_path):
+    settings = {"distillation_type": "hard", "num_classes": 10}
+    for _ in range(50):  # all processes of a run open the folder at the same moment
+        folder = str(tmp_path / "labels")
+        with ThreadPool(8) as pool:
+            writers = pool.map(lambda rank: LabelWriter(folder, settings, rank == 0), range(8))
+        writers[5].write(0, 5, [torch.arange(4)])
+        assert sorted(os.listdir(folder)) == ["epoch-0000-replica-0005.npy", "settings.json"]
+        shutil.rmtree(folder)
 
 
 @pytest.mark.slow
