@@ -5,6 +5,8 @@ import sys
 import time
 from datetime import timedelta
 
+LAUNCHER = os.getppid()  # before the imports, which take seconds, and in which a launcher can end
+
 from runtime.tool import Parser, need, positive  # first: it makes torchvision importable on a CPU-only PyTorch
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -580,10 +582,12 @@ def is_first():
 
 
 def tell_error(text):
-    """Prints `text` on standard error. As a rule all processes of a run meet the same error, and the launcher ends them
-    with the first one's exit; so another one speaks only if it is still there three seconds later."""
+    """Prints `text` on standard error. As a rule all processes of a run meet the same error, and the launcher ends with the
+    first of them, most launchers with all others; so another one speaks only if both are still there three seconds later."""
     if not is_first():
         time.sleep(3)
+        if os.getppid() != LAUNCHER:
+            return
         text = "process {}: {}".format(os.environ["RANK"], text)
     print(text, file=sys.stderr, flush=True)
 
