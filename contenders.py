@@ -117,7 +117,7 @@ def inference(text, batch, size, device):
         compat.compile_module(model, device.type, frozen=True)
 
     def run():
-        with torch.no_grad():
+        with torch.no_grad(), compat.frozen_weights(device.type):
             return model(images)
     return Contender(run, batch, macs, "plain" in options)
 
@@ -149,7 +149,7 @@ class Training:
                 teacher = Teacher(teacher, teacher_size, precision.dtype, last)
             teacher.to(device)
             if "compile" in options:
-                compat.compile_module(teacher.model, device.type, fullgraph=False)
+                compat.compile_module(teacher.model, device.type, fullgraph=False, frozen=True)
         kind = "cls" if distil or self.taught is not None else "none"
         self.criterion = DistillationLoss(SoftTargetCrossEntropy(), teacher, kind, 0.5, 1.0)
         args = Namespace(opt="adamw", lr=1e-4, weight_decay=0.025, opt_eps=1e-8, opt_betas=None, momentum=0.9)

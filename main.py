@@ -290,8 +290,9 @@ def evaluate_checkpoint(args, checkpoint, epoch, device, precision, world, say):
     if epoch is not None:
         mode = apply_token_schedule(model, max(epoch, 0), args.prune_warmup_epoch, args.stage_wise_epoch)
     channels_last = uses_channels_last(args, device)
-    model, _ = precision.prepare(arrange(model.to(device), args, device, channels_last))
-    stats = evaluate(loader, model, device, sharded, world.is_main, precision, channels_last)
+    model, _ = precision.prepare(arrange(model.to(device), args, device, channels_last, frozen=True))
+    with compat.frozen_weights(device.type):
+        stats = evaluate(loader, model, device, sharded, world.is_main, precision, channels_last)
     say("Evaluated {} ({}, {}) on {} images of {}".format(
         args.resume, "averaged weights" if args.eval_ema else "weights", mode, stats["images"], args.data_set))
     say("Acc@1 {acc1:.3f}  Acc@5 {acc5:.3f}  loss {loss:.4f}  images/s {images_per_s:.1f}".format(**stats))
@@ -314,12 +315,12 @@ def uses_channels_last(args, device):
     return compat.prefers_channels_last(device.type) if args.channels_last is None else args.channels_last
 
 
-def arrange(model, args, device, channels_last):
-    """`model` in its memory format, and with --compile compiled when it is first called."""
+def arrange(model, args, device, channels_last, frozen=False):
+    """`model` in its memory format, and with --compile compiled when it is first called (frozen: see compile_module)."""
     if channels_last:
         model.to(memory_format=torch.channels_last)
     if args.compile:
-        compat.compile_module(model, device.type, fullgraph=args.model.startswith("EvoLeViT"))
+        compat.compile_module(model, device.type, args.model.startswith("EvoLeViT"), frozen)
     return model
 
 
@@ -398,7 +399,7 @@ def train(args, given, checkpoint, path, device, precision, world, say):
     unused = find_unused(model, args, criterion, mixup_active, num_classes, device, world)
     model, optimizer = precision.prepare(arrange(model, args, device, channels_last), optimizer, teacher)
     if args.compile and teacher is not None:
-        compat.compile_module(teacher.model, device.type, fullgraph=False)
+        compat.compile_module(teacher.model, device.type, fullgraph=False, frozen=True)
 
     global_batch = args.batch_size * world.size * args.accum_steps
     describe_training(args, global_batch, world, images, sampler.updates, scaled_lr, say)
@@ -493,7 +494,7 @@ def write_labels(args, device, precision, world, say):
     teacher = build_teacher(args, num_classes, device, precision.dtype, channels_last)
     precision.prepare(teacher)
     if args.compile:
-        compat.compile_module(teacher.model, device.type, fullgraph=False)
+        compat.compile_module(teacher.model, device.type, fullgraph=False, frozen=True)
     criterion, mixup_fn = build_criterion(args, mixup_active, num_classes, teacher)
     replicas = world.size * args.accum_steps
     writer = LabelWriter(args.write_teacher_labels, label_settings(args, replicas, images, num_classes), world.is_main)

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import warnings
+from contextlib import contextmanager
 
 # --- current line: torch loads torch_npu by itself when imported, and fails with it on a machine without the Ascend
 # toolkit. runtime/device.py imports torch_npu where an NPU is wanted.
@@ -373,13 +374,26 @@ def can_compile():
 
 
 def compile_module(module, device_type, fullgraph=True, frozen=False):
-    """Lets `module` be compiled when it is first called. frozen: its weights never change. Returns it.
+    """Lets `module` be compiled when it is first called. frozen: its weights never change, and it is called within
+    `frozen_weights` alone. Returns it.
 
     On a CPU the compiler leaves memory formats alone: the rearrangements that it adds cost more than they bring.
     """
-    options = {"layout_optimization": False, "freezing": frozen} if device_type == "cpu" else {"freezing": frozen}
-    module.compile(fullgraph=fullgraph, options=options)
+    # with its weights built in, code for several batch sizes goes wrong (torch 2.13)
+    module.compile(fullgraph=fullgraph, dynamic=False if frozen else None,
+                   options={"layout_optimization": False} if device_type == "cpu" else None)
     return module
+
+
+@contextmanager
+def frozen_weights(device_type):
+    """Within it, what is compiled for a CPU without gradients has its weights built in, packed for its products."""
+    if device_type == "cpu" and can_compile():
+        import torch._inductor.config as inductor
+        with inductor.patch(freezing=True):  # as an option of torch.compile it comes too late and does nothing
+            yield
+    else:
+        yield
 
 
 # --- channels-last is slower before torch 2.0 on a CPU, and an NPU has a format of its own.

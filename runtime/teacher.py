@@ -39,7 +39,7 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def forward(self, images):
-        with compat.inference_mode():
+        with compat.inference_mode(), compat.frozen_weights(images.device.type):
             if self.input_size is not None and images.shape[-1] != self.input_size:
                 images = F.interpolate(images, size=(self.input_size, self.input_size), mode="bilinear",
                                        align_corners=False)

@@ -165,3 +165,20 @@ def test_a_compiled_model_computes_the_same_in_both_modes():
         expected, got = model(x), compiled(x)
         for a, b in zip(expected, got):
             assert relative_error(b.detach(), a.detach()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not compat.can_compile(), reason="this PyTorch does not compile modules")
+def test_frozen_weights_are_built_into_each_compiled_model():
+    models = [build("EvoLeViT_128S", gain=1.0, num_classes=10, img_size=64).float().fuse().eval() for _ in range(2)]
+    models[1].head.weight.data.mul_(3.0)
+    compiled = [compat.compile_module(copy.deepcopy(model), "cpu", frozen=True) for model in models]
+    for batch in (4, 1, 3):
+        x = images(64, batch=batch).float()
+        with torch.no_grad(), compat.frozen_weights("cpu"):
+            for model, frozen in zip(models, compiled):
+                assert relative_error(frozen(x), model(x)) < 1e-4
+    with torch.no_grad():
+        compiled[0].head.weight.zero_()
+        with compat.frozen_weights("cpu"):  # what makes it fast: it looks no more at the weights
+            assert relative_error(compiled[0](x), models[0](x)) < 1e-4
