@@ -31,6 +31,7 @@ from runtime.optimizer import build_optimizer
 from runtime.pictures import TrainingView, collate, normalize
 from runtime.precision import build_precision
 from runtime.teacher import Teacher
+from runtime.tool import need_compiler
 
 CLASSES = 1000
 WORDS = {"inference": {"plain", "dense", "fuse", "compile", "amp", "channels-last", "contiguous"},
@@ -54,6 +55,8 @@ def parse(task, text):
         if word not in WORDS[task]:
             raise UserError("contender {}: '{}' is none of {}'s words: {}".format(
                 text, word, task, ", ".join(sorted(WORDS[task]))))
+    if "compile" in options:
+        need_compiler("contender {}: compile".format(text))
     if not str(options.get("teacher-size", 1)).isdigit() or options.get("teacher") is True:
         raise UserError("contender {}: teacher=NAME is a model and teacher-size=N a number of pixels".format(text))
     if task == "loader":
@@ -226,7 +229,7 @@ def loader(text, batch, size, device, folder):
     else:
         draft = "draft" in options
         transform = build_transform(True, "IMNET", size, jpeg_draft=draft)
-        view = TrainingView(build_dataset(True, "IMNET", folder, transform, jpeg_draft=draft)[0])
+        view = TrainingView(build_dataset(True, "IMNET", folder, transform, jpeg_draft=draft))
     sampler = RASampler(view, repeats=1 if "once" in options else 3)
     place = [0]
 

@@ -120,34 +120,31 @@ def _image_folder(root, is_train, transform, loader):
 
 
 def build_dataset(is_train, name, root, transform, inat_category="name", jpeg_draft=False):
-    """The training or validation part of the data set `name` and its number of classes. `jpeg_draft`: as `transform` was
-    built.
+    """The training or validation part of the data set `name`. `jpeg_draft`: as `transform` was built.
 
     IMNET reads any ImageFolder layout; DIGITS needs no `root`. Raises UserError where `root` is not what it should be.
     """
     if name == "DIGITS":
-        return Digits(is_train, transform), 10
+        return Digits(is_train, transform)
     if not root:
         raise UserError("--data-path is missing: say where the data set {} lies".format(name))
     if not os.path.isdir(root):
         raise UserError("--data-path: there is no folder {}".format(root))
     loader = leave_path if jpeg_draft else LastPicture()
     if name == "IMNET":
-        dataset = _image_folder(root, is_train, transform, loader)
-        return dataset, len(dataset.classes)
+        return _image_folder(root, is_train, transform, loader)
     if name == "CIFAR":
         try:
-            return datasets.CIFAR100(root, train=is_train, transform=transform), 100
+            return datasets.CIFAR100(root, train=is_train, transform=transform)
         except RuntimeError:
             raise UserError("--data-path: {} does not hold CIFAR-100 (the folder cifar-100-python)".format(root))
-    dataset = INatDataset(root, is_train, {"INAT": 2018, "INAT19": 2019}[name], inat_category, transform, loader)
-    return dataset, len(dataset.classes)
+    return INatDataset(root, is_train, {"INAT": 2018, "INAT19": 2019}[name], inat_category, transform, loader)
 
 
 def validation_pictures(name, root, inat_category, count):
     """Yields `count` of the data set's validation images, spread over them, as runtime.gallery.Pictures that are named by
     number and class. Damaged ones are named on standard error. Raises UserError as build_dataset does."""
-    dataset, _ = build_dataset(False, name, root, None, inat_category)
+    dataset = build_dataset(False, name, root, None, inat_category)
     count = min(count, len(dataset))
     for number in range(count):
         index = number * len(dataset) // count

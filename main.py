@@ -7,7 +7,7 @@ from datetime import timedelta
 
 LAUNCHER = os.getppid()  # before the imports, which take seconds, and in which a launcher can end
 
-from runtime.tool import Parser, need, positive  # first: it makes torchvision importable on a CPU-only PyTorch
+from runtime.tool import Parser, need, need_compiler, positive  # first: it makes torchvision importable on a CPU-only PyTorch
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler
@@ -195,6 +195,18 @@ def take_from_checkpoint(args, given, saved):
             setattr(args, name, saved[name])
 
 
+def check_machine(args):
+    """Raises UserError for flags that this machine cannot serve, of training and evaluation alike."""
+    if args.compile:
+        need_compiler("--compile")
+    if args.export_weights:
+        need("--export-weights", "safetensors")
+        folder = os.path.dirname(os.path.abspath(args.export_weights))
+        if os.path.isdir(args.export_weights) or not os.access(folder, os.W_OK):
+            raise UserError("--export-weights: {} cannot be written; name a file in a folder that is there".format(
+                args.export_weights))
+
+
 def check_recipe(args):
     """Raises UserError for flags that do not go together."""
     mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
@@ -211,8 +223,6 @@ def check_recipe(args):
         raise UserError("--write-teacher-labels writes labels and --teacher-labels reads them; use one at a time")
     if args.tensorboard:
         need("--tensorboard", "tensorboard")
-    if args.compile and not compat.can_compile():
-        raise UserError("--compile needs PyTorch 2.2 or newer")
     if args.start_epoch < 0 or args.start_epoch >= args.epochs:
         raise UserError("--start_epoch {}: the epochs go from 0 to {}".format(args.start_epoch, args.epochs - 1))
     return mixup
@@ -232,7 +242,7 @@ def build_train_loader(args, device, world):
     """(the training images' loader, its sampler, number of images, names of the classes)."""
     transform = build_transform(True, args.data_set, args.input_size, args.color_jitter, args.aa, args.train_interpolation,
                                 args.reprob, args.remode, args.recount, args.jpeg_draft)
-    dataset, _ = build_dataset(True, args.data_set, args.data_path, transform, args.inat_category, args.jpeg_draft)
+    dataset = build_dataset(True, args.data_set, args.data_path, transform, args.inat_category, args.jpeg_draft)
     sampler = build_train_sampler(dataset, args.batch_size, world.rank, world.size, args.accum_steps, args.repeated_aug,
                                   args.seed)
     return build_loader(TrainingView(dataset), args, device, world, batch_sampler=sampler), sampler, len(dataset), dataset.classes
@@ -241,7 +251,7 @@ def build_train_loader(args, device, world):
 def build_val_loader(args, device, world):
     """The validation images, each process's share of them with --dist-eval, and the names of the classes."""
     transform = build_transform(False, args.data_set, args.input_size)
-    dataset, _ = build_dataset(False, args.data_set, args.data_path, transform, args.inat_category)
+    dataset = build_dataset(False, args.data_set, args.data_path, transform, args.inat_category)
     sharded = args.dist_eval and world.size > 1
     sampler = ShardSampler(dataset, world.rank, world.size) if sharded else None
     view = EvaluationView(dataset, args.input_size)
@@ -522,6 +532,7 @@ def run(args, given):
         if world.is_main:
             print(text, flush=True)
 
+    check_machine(args)
     checkpoint, path = None, args.resume
     if args.eval and not args.resume:
         args.resume = os.path.join(args.output_dir, "best_checkpoint.pth")

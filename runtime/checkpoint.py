@@ -19,7 +19,7 @@ _HASH_SUFFIX = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written; those written before are as they were."""
+    """A file could not be written; those written before are as they were."""
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
@@ -39,11 +39,12 @@ def write_whole(path, write):
         finally:
             os.close(folder)
     except OSError as error:
-        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free >> 20
         if os.path.exists(partial):
             os.remove(partial)
-        raise SaveFailed("{} could not be written, with {:,} MiB left on its disk ({}); the checkpoints before it are whole"
-                         .format(path, free, error.strerror or error))
+        folder, reason = os.path.dirname(os.path.abspath(path)), error.strerror or error
+        if os.path.isdir(folder):
+            reason = "{}; {:,} MiB left on its disk".format(reason, shutil.disk_usage(folder).free >> 20)
+        raise SaveFailed("{} could not be written ({}); what was saved before it is whole".format(path, reason))
 
 
 def save_checkpoint(checkpoint, path):

@@ -2,13 +2,13 @@
 python -m runtime.report RUN [RUN ...] [--output FILE]"""
 import json
 import os
-import statistics
 import sys
 from typing import Dict, List, NamedTuple, Optional
 
 from . import page, tool
 from .checkpoint import write_whole
 from .errors import UserError
+from .output import median_speed
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 STYLES = ("-", "--", ":", "-.")
@@ -164,10 +164,10 @@ def summary(runs):
     rows = []
     for run in runs:
         best = max(run.log, key=lambda entry: entry.get("test_acc1", -1))
-        speeds = [v for v in _numbers(run.log, "train_images_per_s")[1] if v > 0]
+        speed = median_speed(run.log)
         rows.append([run.name, len(run.log), "{:.2f} % (epoch {})".format(best.get("test_acc1", float("nan")), best["epoch"]),
                      "{:.4f}".format(run.log[-1].get("train_loss", float("nan"))),
-                     "{:.1f}".format(statistics.median(speeds)) if speeds else "-",
+                     "{:.1f}".format(speed) if speed else "-",
                      "{:.1f}".format(sum(_numbers(run.log, "seconds")[1]) / 60)])
     return page.table(["run", "epochs", "best top-1", "last training loss", "images/s (median)", "minutes"], rows)
 

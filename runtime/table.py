@@ -3,14 +3,14 @@ import json
 import os
 import sys
 
+from .output import median_speed
+
 
 def summarize(folder):
     """(best top-1 in percent, median training images/s, minutes) from folder/log.txt."""
     with open(os.path.join(folder, "log.txt")) as f:
         epochs = [json.loads(line) for line in f]
-    speeds = sorted(epoch["train_images_per_s"] for epoch in epochs)
-    return (max(epoch["test_acc1"] for epoch in epochs), speeds[len(speeds) // 2],
-            sum(epoch["seconds"] for epoch in epochs) / 60)
+    return max(epoch["test_acc1"] for epoch in epochs), median_speed(epochs), sum(epoch["seconds"] for epoch in epochs) / 60
 
 
 def main(arguments):

@@ -4,7 +4,7 @@ import importlib
 import sys
 
 try:
-    import evo_vit  # noqa: F401  (registers the models; before anything that imports torchvision)
+    from evo_vit import compat  # registers the models; before anything that imports torchvision
 except ImportError as error:  # packages that do not fit together
     print("error: {}".format(error), file=sys.stderr)
     sys.exit(2)
@@ -23,10 +23,9 @@ class Parser(argparse.ArgumentParser):
 
 def positive(text):
     """A whole number above 0, for argparse."""
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("{} is not a positive whole number".format(text))
-    return value
+    return int(text)
 
 
 def need(what, *packages):
@@ -36,6 +35,12 @@ def need(what, *packages):
             importlib.import_module(package)
     except ImportError:
         raise UserError("{} needs {}; pip install {}".format(what, " and ".join(packages), " ".join(packages)))
+
+
+def need_compiler(what):
+    """Raises UserError where this PyTorch cannot do what `compat.compile_module` asks for."""
+    if not compat.can_compile():
+        raise UserError("{} needs PyTorch 2.2 or newer".format(what))
 
 
 def run(tool, args):

@@ -17,7 +17,7 @@ from runtime.restore import restore_model  # noqa: E402
 @torch.no_grad()
 def main(path):
     restored = restore_model(path, flag="CHECKPOINT")
-    dataset, _ = build_dataset(False, "DIGITS", None, build_transform(False, "DIGITS", restored.input_size))
+    dataset = build_dataset(False, "DIGITS", None, build_transform(False, "DIGITS", restored.input_size))
     view = EvaluationView(dataset, restored.input_size)
     loader = torch.utils.data.DataLoader(view, batch_size=32, collate_fn=collate)
     device, choices = torch.device("cpu"), []

@@ -70,7 +70,11 @@ def test_flags_hold_for_every_contender(tmp_path):
     (["loader", "--compare", "mine"], "a loader is plain or recipe"),
     (["train", "--compare", "EvoLeViT_128S,teacher=regnet_y"], "there is no such model"),
     (["train", "--compare", "EvoLeViT_128S,teacher-size=big"], "teacher-size"),
-    (["breakdown", "--compare", "EvoLeViT_128S,plain,teacher=none"], "recipe's own step")])
+    (["breakdown", "--compare", "EvoLeViT_128S,plain,teacher=none"], "recipe's own step"),
+    (["breakdown", "--compare", "EvoLeViT_128S,teacher=none", "--compile"],
+     "own step, not compiled" if compat.can_compile() else "compile needs PyTorch 2.2 or newer"),
+    (["inference", "--rounds", "0"], "0 is not a positive whole number"),
+    (["inference", "--batch-size", "big"], "big is not a positive whole number")])
 def test_mistakes_end_in_one_sentence(flags, sentence, capsys):
     with pytest.raises(SystemExit) as end:
         benchmark.main(flags + ["--device", "cpu"])

@@ -46,6 +46,14 @@ def test_compiled_training_follows_the_plain_one(digit_folder, teacher, tmp_path
         assert loss == pytest.approx(compiled[0]["test_loss"], abs=1e-3 if len(flags) < 2 else 2e-2), flags
 
 
+@pytest.mark.skipif(compat.can_compile(), reason="this PyTorch compiles modules")
+@pytest.mark.parametrize("task", [[], ["--eval", "--resume", "none.pth"]])
+def test_a_pytorch_that_cannot_compile_says_so(task, capsys):
+    with pytest.raises(SystemExit) as end:
+        main.main(commands.SMALL + ["--data-set", "DIGITS", "--compile"] + task)
+    assert (end.value.code, capsys.readouterr().err) == (2, "error: --compile needs PyTorch 2.2 or newer\n")
+
+
 @pytest.mark.parametrize("flags,sentence", [
     (["--amp-dtype", "fp16"], "needs an NPU or a CUDA device"),
     (["--amp-dtype", "bf16"], "is for PyTorch's own mixed precision"),

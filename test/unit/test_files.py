@@ -164,6 +164,17 @@ def test_an_output_folder_that_cannot_be_used_is_found_before_training(few_digit
             main.main(flags + [str(folder)])
         err = capsys.readouterr().err
         assert stopped.value.code == 2 and err.count("\n") == 1 and sentence in err
+    for exported in (tmp_path / "none" / "weights.safetensors", tmp_path):
+        for task in ([str(tmp_path / "out")], [str(tmp_path / "out"), "--eval", "--resume", "none.pth"]):
+            with pytest.raises(SystemExit) as stopped:
+                main.main(flags + task + ["--export-weights", str(exported)])
+            err = capsys.readouterr().err
+            assert stopped.value.code == 2 and err.startswith("error: --export-weights: ") and err.count("\n") == 1, err
+
+
+def test_a_file_in_a_folder_that_is_not_there_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(checkpoints.SaveFailed, match=r"page.html could not be written \(No such file or directory\)"):
+        checkpoints.write_whole(str(tmp_path / "none" / "page.html"), lambda f: f.write(b""))
 
 
 def test_weights_travel_as_safetensors_and_by_url(student, digit_folder, tmp_path, capsys, monkeypatch):

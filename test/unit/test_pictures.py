@@ -49,12 +49,12 @@ def timms(is_train, size):
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_training_batches_equal_timms_bit_for_bit(photos, channels_last):
     ours = build_transform(True, "IMNET", 96, reprob=0.9, recount=2)
-    view = TrainingView(build_dataset(True, "IMNET", photos, ours)[0])
+    view = TrainingView(build_dataset(True, "IMNET", photos, ours))
     draws = [(index % 4, 100 + index) for index in range(12)]
     batch = collate([view[draw] for draw in draws])
     assert batch[0].pixels.dtype == torch.uint8 and len(batch[0].erased) > 5
     images = normalize(batch[0], torch.device("cpu"), channels_last)
-    plain = build_dataset(True, "IMNET", photos, timms(True, 96))[0]
+    plain = build_dataset(True, "IMNET", photos, timms(True, 96))
     for image, label, (index, seed) in zip(images, batch[1], draws):
         with drawing_from(seed):
             expected, expected_label = plain[index]
@@ -62,9 +62,9 @@ def test_training_batches_equal_timms_bit_for_bit(photos, channels_last):
 
 
 def test_evaluation_batches_equal_torchvisions_bit_for_bit(photos):
-    view = EvaluationView(build_dataset(False, "IMNET", photos, build_transform(False, "IMNET", 96))[0], 96)
+    view = EvaluationView(build_dataset(False, "IMNET", photos, build_transform(False, "IMNET", 96)), 96)
     images = normalize(collate([view[i] for i in range(4)])[0], torch.device("cpu"))
-    plain = build_dataset(False, "IMNET", photos, timms(False, 96))[0]
+    plain = build_dataset(False, "IMNET", photos, timms(False, 96))
     for i in range(4):
         assert torch.equal(images[i], plain[i][0])
 
@@ -113,7 +113,7 @@ def test_a_picture_is_decoded_once_for_its_repeated_augmentations(photos, monkey
     opened = []
     load = pictures.load_picture
     monkeypatch.setattr(pictures, "load_picture", lambda path: opened.append(path) or load(path))
-    dataset = build_dataset(True, "IMNET", photos, build_transform(True, "IMNET", 64))[0]
+    dataset = build_dataset(True, "IMNET", photos, build_transform(True, "IMNET", 64))
     sampler = build_train_sampler(dataset, 4, 0, 1)
     view = TrainingView(dataset)
     draws = [draw for batch in sampler for draw in batch]
