@@ -254,7 +254,8 @@ class EvoLeViT(nn.Module):
         drop_path_rate: share of images for which a residual branch is dropped in training.
         num_classes: 0 for no classifier (the output is then the mean patch token).
         distillation: build the distillation heads and the class-token heads.
-        img_size: side of the square input in pixels: a multiple of 16, at least 64.
+        img_size: side of the square input in pixels, or a pair of the same, as timm's scripts give it: a multiple of 16, at
+            least 64.
         full_blocks: number of leading blocks that keep every token.
         keep_ratio: share of patch tokens that go the slow way in every later block.
 
@@ -265,7 +266,7 @@ class EvoLeViT(nn.Module):
     def __init__(self, embed_dim, key_dim, num_heads, depth, drop_path_rate=0.0, num_classes=1000,
                  distillation=True, img_size=224, full_blocks=2, keep_ratio=0.5):
         super().__init__()
-        check_img_size(img_size)
+        img_size = square_side(img_size)
         self.stage_wise = True
         self.learn_tradeoff = True
         self.token_selection = True
@@ -431,11 +432,15 @@ class EvoLeViT(nn.Module):
         return self
 
 
-def check_img_size(img_size):
-    """Raises ValueError, in one sentence, unless `img_size` is a multiple of 16 and at least 64."""
-    if img_size % PATCH_SIZE or img_size < MIN_SIZE:
-        raise ValueError("image size {} is not supported: Evo-LeViT takes multiples of {} from {} up"
+def square_side(img_size):
+    """The side in pixels, of `img_size` as it is or of a (height, width). Raises ValueError, in one sentence, unless they are
+    equal, a multiple of 16 and at least 64."""
+    sides = set(img_size) if isinstance(img_size, (tuple, list)) else {img_size}
+    side = sides.pop()
+    if sides or side % PATCH_SIZE or side < MIN_SIZE:
+        raise ValueError("image size {} is not supported: Evo-LeViT takes squares of multiples of {} from {} up"
                          .format(img_size, PATCH_SIZE, MIN_SIZE))
+    return side
 
 
 # --------------------------------------------------------------------------------------------- registration

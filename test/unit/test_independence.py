@@ -37,7 +37,7 @@ def test_any_multiple_of_16_and_class_count_runs(size, classes, distillation, st
         assert len(set(row.tolist())) == len(row) and all(0 <= place < places for place in row.tolist())
 
 
-@pytest.mark.parametrize("size", [48, 100, 0])
+@pytest.mark.parametrize("size", [48, 100, 0, (112, 128)])
 def test_other_image_sizes_are_refused(size):
     with pytest.raises(ValueError, match="multiples of 16"):
         from evo_vit import EvoLeViT

@@ -37,6 +37,8 @@ def test_timms_interface():
 
 def test_what_timms_scripts_pass_along_is_accepted_or_refused_by_name():
     small(in_chans=3, drop_rate=0.0, global_pool=None, drop_path_rate=0.1)
+    model = small(img_size=(112, 112))  # what they make of --img-size 112 and --input-size 3 112 112
+    assert model.img_size == 112 and model.default_cfg["input_size"] == (3, 112, 112)
     with pytest.raises(ValueError, match="in_chans of EvoLeViT_128S is 3 and cannot be changed"):
         small(in_chans=1)
 
