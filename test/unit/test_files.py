@@ -274,6 +274,7 @@ def test_every_kind_of_readable_picture_becomes_rgb(tmp_path):
     assert 100 < grey.mean() < 155 and grey.std() > 50  # a 16-bit picture keeps its greys
 
 
+@commands.slow_on_the_current_line
 def test_a_hundred_bad_pictures_are_named_and_nothing_stops(few_digits, tmp_path, capsys):
     root = tmp_path / "data"
     shutil.copytree(few_digits, str(root))
