@@ -42,15 +42,15 @@ def prepare_output_dir(path, fresh, checkpoint_size, say):
         raise UserError("--output_dir: {} cannot be written ({})".format(path, error.strerror or error))
 
 
-def median_speed(log):
-    """Median training images/s over the epochs of `log` that trained; 0.0 where none did (all updates had been made when
-    the run was resumed)."""
-    return statistics.median([entry["train_images_per_s"] for entry in log if entry.get("train_images_per_s", 0) > 0] or [0.0])
+def median_speed(speeds):
+    """Median of the epochs' images/s without those that made no update; 0.0 where none did (all had been made when the
+    run was resumed)."""
+    return statistics.median([speed for speed in speeds if speed > 0] or [0.0])
 
 
 def summarize(log, global_batch):
     """What `log` (one dict per epoch) comes down to: the median of the speeds, and what the last epoch reached."""
-    speed = median_speed(log)
+    speed = median_speed(entry["train_images_per_s"] for entry in log)
     return {"global_batch": global_batch, "epochs": len(log), "images_per_s": speed,
             "step_ms": 1000 * global_batch / speed if speed else 0.0, "train_loss": log[-1]["train_loss"],
             "test_acc1": log[-1]["test_acc1"]}

@@ -164,7 +164,7 @@ def summary(runs):
     rows = []
     for run in runs:
         best = max(run.log, key=lambda entry: entry.get("test_acc1", -1))
-        speed = median_speed(run.log)
+        speed = median_speed(_numbers(run.log, "train_images_per_s")[1])
         rows.append([run.name, len(run.log), "{:.2f} % (epoch {})".format(best.get("test_acc1", float("nan")), best["epoch"]),
                      "{:.4f}".format(run.log[-1].get("train_loss", float("nan"))),
                      "{:.1f}".format(speed) if speed else "-",

@@ -10,7 +10,8 @@ def summarize(folder):
     """(best top-1 in percent, median training images/s, minutes) from folder/log.txt."""
     with open(os.path.join(folder, "log.txt")) as f:
         epochs = [json.loads(line) for line in f]
-    return max(epoch["test_acc1"] for epoch in epochs), median_speed(epochs), sum(epoch["seconds"] for epoch in epochs) / 60
+    return (max(epoch["test_acc1"] for epoch in epochs), median_speed(epoch["train_images_per_s"] for epoch in epochs),
+            sum(epoch["seconds"] for epoch in epochs) / 60)
 
 
 def main(arguments):

@@ -247,6 +247,12 @@ def test_the_report_copes_with_logs_of_older_revisions(tmp_path):
     assert alternatives(html) == ["Loss over epochs", "Accuracy over epochs"] and "Images/s: not in this log." in html
 
 
+def test_the_report_leaves_out_figures_that_are_no_numbers(tmp_path):
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_images_per_s": null}\n{"epoch": 1, "train_images_per_s": 12.5}\n')
+    report.main([str(tmp_path)])
+    assert "12.5" in (tmp_path / "report.html").read_text()
+
+
 # ------------------------------------------------------------------------------------------------- --tensorboard
 
 def test_tensorboard_gets_the_figures_of_log_txt_also_after_a_resume(digit_folder, tmp_path):
