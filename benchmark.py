@@ -6,9 +6,10 @@ python benchmark.py loader    --compare plain recipe
 python benchmark.py breakdown --compare EvoLeViT_256
 
 A contender is a model of timm's registry and, behind commas, how it runs:
-  plain          test/unit/plain.py: the paper's equations and the published step, written down without a thought of speed;
+  plain          bench/plain.py: the paper's equations and the published step, written down without a thought of speed;
                  the C library gives its memory back to the system, as it does when it is left alone
   dense          no token selection: every token goes through every block
+  keep=SHARE     this share of the tokens goes the slow way where tokens are selected
   fuse           batch norms folded (inference)
   compile        torch.compile
   amp            mixed precision: bf16 on a CPU, else fp16; for inference the whole model is in that format
@@ -16,52 +17,69 @@ A contender is a model of timm's registry and, behind commas, how it runs:
   teacher=NAME   distils from this model (train; regnety_160 if not given), or from none
   teacher-size=N shows the teacher images of N pixels
   stored         has the teacher's labels already, as with main.py --teacher-labels
-A loader is plain (torchvision's and timm's) or recipe (main.py's), and behind commas draft (--jpeg-draft), normalized (with the
-work that main.py leaves to the device), once (without repeated augmentation).
+A loader is plain (torchvision's and timm's) or recipe (main.py's), and behind commas draft (--jpeg-draft), normalized
+(with the work that main.py leaves to the device), once (without repeated augmentation).
+
+python benchmark.py inference --keep-ratio 1 0.9 0.7 0.5 0.3 --compare EvoLeViT_256,fuse --resume FILE --plot FILE.html
+races a contender with each share of its tokens and evaluates a checkpoint of it with each: speed against accuracy.
 """
 import argparse
 import gc
 import itertools
-import json
 import statistics
 import subprocess
 import sys
 import time
 from contextlib import nullcontext
 
-from runtime import tool  # first: it makes torchvision importable on a CPU-only PyTorch
+from runtime import command  # first: it makes torchvision importable on a CPU-only PyTorch
+
+# isort: split
 import torch
 
-import contenders
 import engine
+from bench import contenders, tradeoff
 from evo_vit.compat import versions
-from runtime.checkpoint import write_whole
-from runtime.device import keep_freed_memory, peak_memory_mb, select_device, synchronize
 from runtime.errors import UserError
-from runtime.matmul_rate import measure_matmul_rate
-from runtime.models import default_input_size
+from runtime.keeping.files import write_json, write_text
+from runtime.learning.models import default_input_size
+from runtime.machine.cost import measure_matmul_rate
+from runtime.machine.devices import keep_freed_memory, peak_memory_mb, select_device, synchronize
+from runtime.machine.machine import Machine
 
 TASKS = {"inference": ["EvoLeViT_256,plain", "EvoLeViT_256,fuse", "levit_256,fuse"],
          "train": ["EvoLeViT_256,plain", "EvoLeViT_256"], "loader": ["plain", "recipe"], "breakdown": ["EvoLeViT_256"]}
+TRADE_OFF = "EvoLeViT_256,fuse"  # what --keep-ratio races if nothing is named
 FLAGS = ("compile", "channels-last", "amp", "fuse")
 
 
 def get_args_parser():
-    parser = tool.Parser(prog="python benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
+    parser = command.Parser(prog="python benchmark.py", description=__doc__, **command.RAW_DESCRIPTION)
     add = parser.add_argument
-    add("task", choices=sorted(TASKS))
-    add("--compare", nargs="+", metavar="CONTENDER", help="the first is the one that the others are compared with")
+    add("task", choices=sorted(TASKS), help="what to measure")
+    add("--compare", nargs="+", metavar="CONTENDER", help="the first is the one that the others are compared with "
+        "(default: {})".format("; ".join("for {} {}".format(task, " ".join(names)) for task,
+        names in sorted(TASKS.items()))))
     for flag in FLAGS:
         add("--" + flag, action="store_true", help="the same as the word {} behind every contender".format(flag))
-    add("--batch-size", type=tool.positive, nargs="+", default=[16])
-    add("--input-size", type=tool.positive, nargs="+", default=None, metavar="PIXELS", help="the first contender's own if not given")
-    add("--photo-size", type=tool.positive, nargs=2, default=(500, 375), metavar=("WIDTH", "HEIGHT"), help="of the loader's JPEGs")
-    add("--rounds", type=tool.positive, default=7, help="how often every contender has its turn")
-    add("--seconds", type=float, default=1.0, help="how long a turn lasts at least")
-    add("--device", default="auto", choices=("auto", "npu", "cuda", "cpu"))
+    add("--batch-size", type=command.positive, nargs="+", default=[16], metavar="N", help="images at a time")
+    add("--input-size", type=command.positive, nargs="+", metavar="PIXELS",
+        help="side of the images (default: the first contender's own)")
+    add("--photo-size", type=command.positive, nargs=2, default=(500, 375),
+        metavar=("WIDTH", "HEIGHT"), help="of the loader's JPEGs, in pixels")
+    add("--rounds", type=command.positive, default=7, metavar="N", help="how often every contender has its turn")
+    add("--seconds", type=float, default=1.0, metavar="S", help="how long a turn lasts at least, in seconds")
+    add("--device", default="auto", choices=("auto", "npu", "cuda", "cpu"), help="auto takes the first of npu, cuda "
+        "and cpu")
     add("--memory", action="store_true", help="also the peak memory of a process that runs nothing but the contender")
-    add("--json", metavar="FILE", help="write the figures there")
+    add("--json", type=command.path, metavar="FILE", help="write the figures there")
+    add("--keep-ratio", type=float, nargs="+", metavar="SHARE", help="inference and train: every contender with each "
+        "of these shares of its tokens")
+    add("--resume", type=command.path, metavar="FILE", help="with --keep-ratio: a checkpoint whose accuracy is "
+        "measured, too")
+    add("--data-path", type=command.path, metavar="DIR", help="its validation pictures (default: where training found "
+        "them)")
+    add("--plot", type=command.path, metavar="FILE", help="with --keep-ratio: write the table and the curve as a page")
     add("--only-memory", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -100,8 +118,8 @@ def race(built, rounds, seconds, device):
 
 def memory_of(args, text, batch, size):
     """Peak memory in MiB of a process that runs `text` three times."""
-    command = [sys.executable, __file__, args.task, "--compare", text, "--batch-size", str(batch), "--input-size", str(size),
-               "--device", args.device, "--only-memory"]
+    command = [sys.executable, __file__, args.task, "--compare", text, "--batch-size", str(batch), "--input-size",
+        str(size), "--device", args.device, "--only-memory"]
     result = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True)
     if result.returncode:
         raise UserError("{} ended with exit code {} when its memory was measured".format(text, result.returncode))
@@ -114,14 +132,15 @@ def compare(args, texts, batch, size, device, folder, rate):
     times = race(built, args.rounds, args.seconds, device)
     rows = []
     for text, contender, seconds in zip(texts, built, times):
-        ratios = [first / own for first, own in zip(times[0], seconds)]  # round by round, so that noise of minutes cancels
-        rows.append({
-            "contender": text, "batch_size": batch, "input_size": size, "milliseconds": 1e3 * statistics.median(seconds),
-            "milliseconds_min": 1e3 * min(seconds), "milliseconds_max": 1e3 * max(seconds),
-            "images_per_s": contender.images / statistics.median(seconds), "ratio": statistics.median(ratios),
-            "ratio_min": min(ratios), "ratio_max": max(ratios), "gflops": contender.macs and 2e-9 * contender.macs,
-            "of_matmul_rate": contender.macs and 2 * contender.macs / statistics.median(seconds) / rate,
-            "peak_memory_mb": memory_of(args, text, batch, size) if args.memory else None})
+        # round by round, so that noise of minutes cancels
+        ratios = [first / own for first, own in zip(times[0], seconds)]
+        rows.append({"contender": text, "batch_size": batch, "input_size": size,
+            "milliseconds": 1e3 * statistics.median(seconds), "milliseconds_min": 1e3 * min(seconds),
+            "milliseconds_max": 1e3 * max(seconds), "images_per_s": contender.images / statistics.median(seconds),
+             "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
+            "gflops": contender.macs and 2e-9 * contender.macs, "of_matmul_rate": contender.macs
+            and 2 * contender.macs / statistics.median(seconds) / rate, "peak_memory_mb": memory_of(args, text, batch,
+             size) if args.memory else None})
     del built
     gc.collect()
     return rows
@@ -129,15 +148,16 @@ def compare(args, texts, batch, size, device, folder, rate):
 
 def show(rows):
     """Prints the rows as a Markdown table."""
-    print("| contender | batch | pixels | ms (min-max) | images/s | ratio (min-max) | GFLOPs | of matmul rate | peak MiB |")
+    print("| contender | batch | pixels | ms (min-max) | images/s | ratio (min-max) | GFLOPs | of matmul rate | peak "
+        "MiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     number = lambda value, form: "-" if value is None else form.format(value)  # noqa: E731
     for row in rows:
-        print("| {contender} | {batch_size} | {input_size} | {milliseconds:.1f} ({milliseconds_min:.1f}-"
-              "{milliseconds_max:.1f}) | {images_per_s:.1f} | {ratio:.2f} ({ratio_min:.2f}-{ratio_max:.2f}) | {flops} | "
-              "{share} | {memory} |".format(
-                  flops=number(row["gflops"], "{:.1f}"), share=number(row["of_matmul_rate"], "{:.0%}"),
-                  memory=number(row["peak_memory_mb"], "{:.0f}"), **row), flush=True)
+        print("| {contender} | {batch_size} | {input_size} | {milliseconds:.1f} "
+            "({milliseconds_min:.1f}-{milliseconds_max:.1f}) | {images_per_s:.1f} | {ratio:.2f} "
+            "({ratio_min:.2f}-{ratio_max:.2f}) | {flops} | {share} | {memory} |".format(flops=number(row["gflops"],
+             "{:.1f}"), share=number(row["of_matmul_rate"], "{:.0%}"), memory=number(row["peak_memory_mb"], "{:.0f}"),
+             **row), flush=True)
 
 
 class Stopwatch:
@@ -162,22 +182,23 @@ class Stopwatch:
 
 
 def break_down(args, text, batch, size, device, folder):
-    """[{part, milliseconds, share}] of a training step whose parts wait for one another, with its data in one process."""
+    """[{part, milliseconds, share}] of a training step whose parts wait for one another, with its data in one
+    process."""
     watch = Stopwatch(device)
     keep_freed_memory()
     training = contenders.Training(text, batch, size, device)
     data = contenders.loader("recipe", batch, size, device, folder)
-    if not hasattr(training, "ema") or "compile" in text.split(","):  # the compiler would look into the clocks
+    if not hasattr(training, "learner") or "compile" in text.split(","):  # the compiler would look into the clocks
         raise UserError("contender {}: the breakdown is that of the recipe's own step, not compiled".format(text))
     watched = {"run": data.run, "normalize": contenders.normalize}
     source = argparse.Namespace(**watched)
     watch.watch("data (one core)", source, "run")
     watch.watch("transfer, normalisation", source, "normalize")
     for name, owner, attribute in (
-            ("teacher forward", training.criterion, "teach"), ("student forward", training.model, "forward"),
-            ("loss", training.criterion, "forward"), ("backward", training.precision, "backward"),
+            ("teacher forward", training.criterion, "teach"), ("student forward", training.learner.model, "forward"),
+            ("loss", training.criterion, "forward"), ("backward", training.learner.machine.precision, "backward"),
             ("clipping", engine, "clip_gradients"), ("optimiser", training.optimizer, "step"),
-            ("average", training.ema, "update")):
+            ("average", training.learner.average, "update")):
         watch.watch(name, owner, attribute)
     for run in range(args.rounds + 2):
         if run == 2:
@@ -194,6 +215,13 @@ def measure(args):
     device = select_device(args.device)
     words = [flag for flag in FLAGS if getattr(args, flag.replace("-", "_"))]
     texts = [",".join([text] + words) for text in args.compare or TASKS[args.task]]
+    if args.keep_ratio:
+        if args.task not in ("inference", "train"):
+            raise UserError("--keep-ratio is for inference and train")
+        texts = ["{},keep={:g}".format(text, ratio) for text in (texts if args.compare else [TRADE_OFF])
+                 for ratio in args.keep_ratio]
+    elif args.resume or args.plot:
+        raise UserError("--resume and --plot need --keep-ratio")
     task = "train" if args.task == "breakdown" else args.task
     names = [contenders.parse(task, text)[0] for text in texts]
     sizes = args.input_size or [224 if args.task == "loader" else default_input_size(names[0])]
@@ -207,9 +235,11 @@ def measure(args):
         print(peak_memory_mb(device))
         return None
     rate = measure_matmul_rate(device)
-    report = {"task": args.task, "device": device.type, "threads": torch.get_num_threads(), "torch": versions()["torch"],
-              "matmul_gflops_per_s": rate / 1e9, "rows": []}
-    print("{device}, {threads} threads, torch {torch}, float32 matrix products {matmul_gflops_per_s:.0f} GFLOP/s".format(**report))
+    report = {"task": args.task, "device": device.type, "threads": torch.get_num_threads(),
+        "torch": versions()["torch"], "matmul_gflops_per_s": rate / 1e9, "rows": []}
+    print(
+        "{device}, {threads} threads, torch {torch}, float32 matrix products {matmul_gflops_per_s:.0f} GFLOP/s".format(
+        **report))
     with contenders.photos(*args.photo_size) if args.task in ("loader", "breakdown") else nullcontext() as folder:
         if args.task == "breakdown":
             for text in texts:
@@ -226,14 +256,37 @@ def measure(args):
     return report
 
 
+def add_accuracy(args, rows):
+    """Adds model, keep_ratio and acc1 (None without --resume) to rows of --keep-ratio."""
+    found = {}
+    if args.resume:
+        found = dict(zip(args.keep_ratio, tradeoff.accuracies(args.resume, args.data_path, args.keep_ratio,
+                                                               Machine(select_device(args.device)))))
+    for row in rows:
+        row["model"], share = row["contender"].rsplit(",keep=", 1)
+        row["keep_ratio"] = float(share)
+        row["acc1"] = next((value for ratio, value in found.items() if "{:g}".format(ratio) == share), None)
+        if row["acc1"] is not None:
+            print("| {contender} | top-1 {acc1:.2f} % |".format(**row))
+
+
 def run(args):
+    if args.plot:
+        command.need("--plot", "matplotlib")
     report = measure(args)
+    if args.keep_ratio and report is not None:
+        add_accuracy(args, report["rows"])
+        if args.plot:
+            title = "Speed and accuracy over the keep ratio ({}, {} threads)".format(report["device"],
+                report["threads"])
+            write_text(args.plot, tradeoff.draw(report["rows"], title))
+            print("{} shows the curve".format(args.plot))
     if args.json and report is not None:
-        write_whole(args.json, lambda f: f.write(json.dumps(report, indent=2).encode()))
+        write_json(args.json, report)
 
 
 def main(argv=None):
-    tool.run(run, get_args_parser().parse_args(argv))
+    command.run(run, get_args_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,128 @@
-"""Data sets, their transforms, and the samplers that share them out among processes."""
+"""The data sets of the recipe: how each opens, and how its pictures are resized, cropped and mirrored."""
 import json
-import math
 import os
-from itertools import islice
+import re
+from collections import Counter
+from typing import Callable, List, NamedTuple, Optional
 
-import torch
-from evo_vit import compat  # before torchvision
+import evo_vit  # noqa: F401  (before timm and torchvision)
+
+# isort: split
+import numpy as np
 from PIL import Image
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision import datasets, transforms
 
-from runtime.errors import UserError
-from runtime.gallery import Picture, name_unreadable
-from runtime.pictures import IMAGE_EXTENSIONS, DamagedImage, DraftCrop, LastPicture, ToBytes, leave_path, load_picture
-from runtime.randomness import derive_seed
+from runtime.errors import DamagedImage, UserError
+from runtime.machine.randomness import drawing_from
+from runtime.machine.versions import interpolation
+from runtime.pictures.batches import ToBytes
+from runtime.pictures.folders import Names, class_names, need_pictures, walk
+from runtime.pictures.gallery import Picture, name_unreadable
+from runtime.pictures.reading import DraftCrop, LastPicture, leave_path, load_picture
 
-DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "DIGITS")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
-# ----------------------------------------------------------------------------------------------------- data sets
+# ----------------------------------------------------------------------------------------------------- data sets Each
+# has `classes` (names), `labels` (a number for each picture), and gives (picture, label); one of files has `names`,
+# too.
+
+class PictureFiles(Dataset):
+    """Picture files with labels: `names` lie in the folder `root`."""
+
+    def __init__(self, root: str, names: Names, labels: np.ndarray, classes: List[str], transform=None,
+                 loader: Callable = load_picture, left_out: Counter = Counter()):
+        self.root = root
+        self.names = names
+        self.labels = labels
+        self.classes = classes
+        self.transform = transform
+        self.loader = loader
+        self.left_out = left_out  # how many files of which suffix are no pictures
+
+    def __len__(self):
+        return len(self.names)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.root, self.names[index])
+
+    def __getitem__(self, index):
+        image = self.loader(self.path(index))
+        return (image if self.transform is None else self.transform(image)), int(self.labels[index])
+
+
+def _open_folders(root, is_train, transform, loader, category):
+    """ImageNet's layout: train/CLASS/PICTURE and val/CLASS/PICTURE."""
+    classes = _class_folders(root, "val")
+    if is_train:  # --eval needs no training pictures
+        need_pictures(os.path.join(root, "val"), classes)
+        train, val = _class_folders(root, "train"), classes
+        if train != val:
+            one = sorted(set(train) ^ set(val))[0]
+            raise UserError("--data-path: the class folders of train and val differ, '{}' is only in {}".format(
+                one, "train" if one in train else "val"))
+    found = walk(os.path.join(root, "train" if is_train else "val"), classes)
+    return PictureFiles(found.root, found.names, found.labels, found.classes, transform, loader, found.left_out)
+
+
+def _class_folders(root, part):
+    folder = os.path.join(root, part)
+    if not os.path.isdir(folder):
+        raise UserError("--data-path: {} has no folder '{}'; the layout is train/CLASS/PICTURE and val/CLASS/PICTURE"
+                        .format(root, part))
+    classes = class_names(folder)
+    if not classes:
+        raise UserError("--data-path: {} has no class folders; the layout is {}/CLASS/PICTURE".format(folder, part))
+    return classes
+
+
+def _open_inat(year):
+    """iNaturalist with the classes of one level of its taxonomy, in DeiT's layout: `train<year>.json`, `val<year>.json`
+    and `categories.json` beside the pictures."""
+    def open_inat(root, is_train, transform, loader, category):
+        annotations = _read_json(root, "{}{}.json".format("train" if is_train else "val", year))
+        train = annotations if is_train else _read_json(root, "train{}.json".format(year))
+        try:
+            categories = _read_json(root, "categories.json")
+            if categories and category not in categories[0]:
+                raise UserError("--inat-category {}: {} has {}".format(category, os.path.join(root, "categories.json"),
+                     ", ".join(name for name in INAT_CATEGORIES if name in categories[0])))
+            level = {int(c["id"]): c[category] for c in categories}
+            # classes are numbered in the order in which the training annotations first name them
+            numbers = {}
+            for entry in train["annotations"]:
+                numbers.setdefault(level[int(entry["category_id"])], len(numbers))
+            category_of = {entry["image_id"]: int(entry["category_id"]) for entry in annotations["annotations"]}
+            labels = np.array([numbers[level[category_of[image["id"]]]]
+                              for image in annotations["images"]], dtype=np.int64)
+            names = Names([image["file_name"] for image in annotations["images"]])
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError("--data-path: the annotations of {} in {} do not fit together ({} {})".format(
+                year, root, type(error).__name__, error))
+        return PictureFiles(root, names, labels, sorted(numbers, key=numbers.get), transform, loader)
+    return open_inat
+
+
+def _read_json(root, name):
+    path = os.path.join(root, name)
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return json.load(f)
+    except (OSError, ValueError) as error:
+        raise UserError("--data-path: {} cannot be read ({})".format(path, error))
+
+
+def _open_cifar(root, is_train, transform, loader, category):
+    try:
+        dataset = datasets.CIFAR100(root, train=is_train, transform=transform)
+    except RuntimeError:
+        raise UserError("--data-path: {} does not hold CIFAR-100 (the folder cifar-100-python)".format(root))
+    dataset.labels = dataset.targets
+    return dataset
+
 
 class Digits(Dataset):
     """scikit-learn's 1,797 handwritten digits (8 x 8 pixels, 10 classes), read from the installed package.
@@ -35,11 +136,12 @@ class Digits(Dataset):
         from sklearn.datasets import load_digits
         images, labels = load_digits(return_X_y=True)
         seen = [0] * 10
-        self.samples = []
+        self.samples, self.labels = [], []
         for image, label in zip(images, labels.tolist()):
             if (seen[label] % 5 != 0) == is_train:
                 pixels = (image.reshape(8, 8) * (255 / 16)).astype("uint8")
                 self.samples.append((Image.fromarray(pixels, "L").convert("RGB"), label))
+                self.labels.append(label)
             seen[label] += 1
         self.transform = transform
 
@@ -51,98 +153,50 @@ class Digits(Dataset):
         return (image if self.transform is None else self.transform(image)), label
 
 
-class INatDataset(Dataset):
-    """iNaturalist 2018 or 2019 with the classes of one level of its taxonomy, in DeiT's layout: `train<year>.json`,
-    `val<year>.json` and `categories.json` beside the pictures."""
-
-    def __init__(self, root, is_train, year, category="name", transform=None, loader=load_picture):
-        annotations = _read_json(root, "{}{}.json".format("train" if is_train else "val", year))
-        train = annotations if is_train else _read_json(root, "train{}.json".format(year))
-        level = {int(c["id"]): c[category] for c in _read_json(root, "categories.json")}
-        # classes are numbered in the order in which the training annotations first name them
-        numbers = {}
-        for entry in train["annotations"]:
-            numbers.setdefault(level[int(entry["category_id"])], len(numbers))
-        category_of = {entry["image_id"]: int(entry["category_id"]) for entry in annotations["annotations"]}
-        self.classes = sorted(numbers, key=numbers.get)
-        self.samples = [(os.path.join(root, image["file_name"]), numbers[level[category_of[image["id"]]]])
-                        for image in annotations["images"]]
-        self.transform = transform
-        self.loader = loader
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        path, label = self.samples[index]
-        image = self.loader(path)
-        return (image if self.transform is None else self.transform(image)), label
+def _open_digits(root, is_train, transform, loader, category):
+    return Digits(is_train, transform)
 
 
-def _read_json(root, name):
-    path = os.path.join(root, name)
-    try:
-        with open(path) as f:
-            return json.load(f)
-    except (OSError, ValueError) as error:
-        raise UserError("--data-path: {} cannot be read ({})".format(path, error))
+class DataSet(NamedTuple):
+    """A row of the table: open(root, is_train, transform, loader, category) gives the data set."""
+    open: Callable
+    needs_root: bool = True
+    files: bool = True  # of pictures, which may be large
+    mirrored: bool = True  # a picture and its mirror image are of the same class
+    cropped: bool = True  # a random part is enlarged; if not, all of it is, and shifted by up to an eighth
+    own_size: int = 0  # at this size in pixels and below pictures are taken as they are, shifted by up to 4 pixels
 
 
-def _has_image(folder):
-    return any(name.lower().endswith(IMAGE_EXTENSIONS) for _, _, names in os.walk(folder) for name in names)
+TABLE = {
+    "IMNET": DataSet(_open_folders),
+    "CIFAR": DataSet(_open_cifar, files=False, own_size=32),
+    "INAT": DataSet(_open_inat(2018)),
+    "INAT19": DataSet(_open_inat(2019)),
+    "DIGITS": DataSet(_open_digits, needs_root=False, files=False, mirrored=False, cropped=False),
+}
+DATA_SETS = tuple(TABLE)
 
 
-def _class_folders(root, part):
-    """The class folders of root/part, each checked to hold a picture."""
-    folder = os.path.join(root, part)
-    if not os.path.isdir(folder):
-        raise UserError("--data-path: {} has no folder '{}'; the layout is train/CLASS/PICTURE and val/CLASS/PICTURE"
-                        .format(root, part))
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if not classes:
-        raise UserError("--data-path: {} has no class folders; the layout is {}/CLASS/PICTURE".format(folder, part))
-    for name in classes:
-        if not _has_image(os.path.join(folder, name)):
-            raise UserError("--data-path: the class folder {} holds no picture; fill it or remove it from train and val"
-                            .format(os.path.join(folder, name)))
-    return classes
-
-
-def _image_folder(root, is_train, transform, loader):
-    val = _class_folders(root, "val")
-    train = _class_folders(root, "train") if is_train else val  # --eval needs no training pictures
-    if train != val:
-        one = sorted(set(train) ^ set(val))[0]
-        raise UserError("--data-path: the class folders of train and val differ, '{}' is only in {}".format(
-            one, "train" if one in train else "val"))
-    return datasets.ImageFolder(os.path.join(root, "train" if is_train else "val"), transform=transform,
-                                loader=loader)
-
-
-def build_dataset(is_train, name, root, transform, inat_category="name", jpeg_draft=False):
+def build_dataset(is_train: bool, name: str, root: Optional[str], transform, inat_category: str = "name",
+                  jpeg_draft: bool = False) -> Dataset:
     """The training or validation part of the data set `name`. `jpeg_draft`: as `transform` was built.
 
     IMNET reads any ImageFolder layout; DIGITS needs no `root`. Raises UserError where `root` is not what it should be.
     """
-    if name == "DIGITS":
-        return Digits(is_train, transform)
-    if not root:
-        raise UserError("--data-path is missing: say where the data set {} lies".format(name))
-    if not os.path.isdir(root):
-        raise UserError("--data-path: there is no folder {}".format(root))
-    loader = leave_path if jpeg_draft else LastPicture()
-    if name == "IMNET":
-        return _image_folder(root, is_train, transform, loader)
-    if name == "CIFAR":
-        try:
-            return datasets.CIFAR100(root, train=is_train, transform=transform)
-        except RuntimeError:
-            raise UserError("--data-path: {} does not hold CIFAR-100 (the folder cifar-100-python)".format(root))
-    return INatDataset(root, is_train, {"INAT": 2018, "INAT19": 2019}[name], inat_category, transform, loader)
+    row = TABLE[name]
+    if row.needs_root:
+        if not root:
+            raise UserError("--data-path is missing: say where the data set {} lies".format(name))
+        if not os.path.isdir(root):
+            raise UserError("--data-path: there is no folder {}".format(root))
+    dataset = row.open(root, is_train, transform, leave_path if jpeg_draft else LastPicture(), inat_category)
+    if not len(dataset):
+        raise UserError("--data-path: {} has no picture {}".format(root, "to train on" if is_train else "to validate"))
+    return dataset
 
 
-def validation_pictures(name, root, inat_category, count):
-    """Yields `count` of the data set's validation images, spread over them, as runtime.gallery.Pictures that are named by
+def validation_pictures(name: str, root: Optional[str], inat_category: str, count: int):
+    """Yields `count` of the data set's validation images, spread over them, as gallery.Pictures that are named by
     number and class. Damaged ones are named on standard error. Raises UserError as build_dataset does."""
     dataset = build_dataset(False, name, root, None, inat_category)
     count = min(count, len(dataset))
@@ -158,138 +212,77 @@ def validation_pictures(name, root, inat_category, count):
 
 # ----------------------------------------------------------------------------------------------------- transforms
 
-def build_transform(is_train, name, input_size, color_jitter=0.4, aa="rand-m9-mstd0.5-inc1",
-                    train_interpolation="bicubic", reprob=0.25, remode="pixel", recount=1, jpeg_draft=False):
-    """PIL image -> what runtime.pictures.ToBytes makes of the picture that DeiT's transform would normalise.
+class Augmentation(NamedTuple):
+    """How training pictures are augmented; names and defaults as main.py's flags."""
+    color_jitter: float = 0.4
+    aa: str = "rand-m9-mstd0.5-inc1"
+    train_interpolation: str = "bicubic"
+    reprob: float = 0.25
+    remode: str = "pixel"
+    recount: int = 1
+    jpeg_draft: bool = False  # the input is a path, see runtime.pictures.reading.DraftCrop
 
-    `jpeg_draft`: the input is a path, see runtime.pictures.DraftCrop.
-    Pictures of at most 32 pixels are not cropped out of: CIFAR shifts by up to 4 pixels at its own size. Digits are
-    enlarged, shifted by up to an eighth, and never mirrored, since a mirrored digit is no digit.
+
+def build_transform(is_train: bool, name: str, input_size: int, augmentation: Augmentation = Augmentation()):
+    """PIL image -> what runtime.pictures.batches.ToBytes makes of the picture that DeiT's transform would normalise.
+
+    CIFAR's pictures are not cropped out of at their own size, but shifted by up to 4 pixels. Digits are
+    enlarged, shifted by up to an eighth, and never mirrored, since a mirrored digit is no digit. Raises UserError for
+    an augmentation policy that timm does not know.
     """
-    bicubic = compat.interpolation("bicubic")
+    row, bicubic = TABLE[name], interpolation("bicubic")
     if is_train:
-        transform = create_transform(
-            input_size=input_size, is_training=True, color_jitter=color_jitter or None,
-            auto_augment=None if aa in ("", "none") else aa, interpolation=train_interpolation,
-            hflip=0.0 if name == "DIGITS" else 0.5, re_prob=reprob, re_mode=remode, re_count=recount)
+        a = augmentation
+        transform = _timm_transform(input_size, a, 0.5 if row.mirrored else 0.0)
         erasing = [t for t in transform.transforms if isinstance(t, RandomErasing)]
         on_tensors = ("ToTensor", "MaybeToTensor", "Normalize", "RandomErasing")
         transform.transforms = [t for t in transform.transforms if type(t).__name__ not in on_tensors]
         transform.transforms.append(ToBytes(*erasing))
-        if name == "DIGITS":
+        if not row.cropped:
             transform.transforms[0] = transforms.Compose([
                 transforms.Resize((input_size, input_size), bicubic),
                 transforms.RandomCrop(input_size, padding=input_size // 8)])
-        elif input_size <= 32:
+        elif input_size <= row.own_size:
             transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
-        elif jpeg_draft:
+        elif a.jpeg_draft:
             transform.transforms[0] = DraftCrop(transform.transforms[0])
         return transform
-    if name == "DIGITS":
+    if not row.cropped:
         resize = [transforms.Resize((input_size, input_size), bicubic)]
-    elif input_size <= 32:
+    elif input_size <= row.own_size:
         resize = []
     else:
         resize = [transforms.Resize(int(256 / 224 * input_size), bicubic), transforms.CenterCrop(input_size)]
     return transforms.Compose(resize + [ToBytes()])
 
 
-# ----------------------------------------------------------------------------------------------------- samplers
-
-class RASampler(Sampler):
-    """Repeated augmentation (Hoffer et al., arXiv 1901.09335), as DeiT samples it: each image comes `repeats` times
-    in a row before the list is dealt out to the processes, so that its copies, augmented differently, meet in one
-    global batch. An epoch is as long as without repetition, rounded down to a multiple of 256 images, which a data
-    set smaller than that is not."""
-
-    def __init__(self, dataset, num_replicas=1, rank=0, shuffle=True, repeats=3):
-        self.length = len(dataset)
-        self.num_replicas = num_replicas
-        self.rank = rank
-        self.shuffle = shuffle
-        self.repeats = repeats
-        self.epoch = 0
-        rounded = self.length // 256 * 256 if self.length >= 256 else self.length
-        self.num_selected = rounded // num_replicas
-
-    def __len__(self):
-        return self.num_selected
-
-    def __iter__(self):
-        generator = torch.Generator()
-        generator.manual_seed(self.epoch)
-        order = torch.randperm(self.length, generator=generator) if self.shuffle else torch.arange(self.length)
-        indices = [index for index in order.tolist() for _ in range(self.repeats)]
-        total = math.ceil(len(indices) / self.num_replicas) * self.num_replicas
-        indices += indices[:total - len(indices)]
-        return iter(indices[self.rank:total:self.num_replicas][:self.num_selected])
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+def crop_pct(name: str, input_size: int) -> float:
+    """The share of the resized picture's side that an evaluation's crop has, timm's name for it; 1 where nothing is cut
+    off."""
+    return 224 / 256 if TABLE[name].cropped and input_size > TABLE[name].own_size else 1.0
 
 
-class TrainingBatchSampler(Sampler):
-    """The training batches of one process that stands for as many as there are `samplers`: each of them is asked for a
-    batch in turn, so len(samplers) successive batches, an update's, hold what as many processes would have had.
-
-    Items are (index, seed): how an image is augmented depends on `seed` (the run's), the epoch, and the image's place in
-    the epoch alone, so an epoch can be entered in its middle (`set_epoch`).
-    """
-
-    def __init__(self, samplers, batch_size, seed=0, replicas=1, first_replica=0):
-        self.samplers = samplers
-        self.batch_size = batch_size
-        self.seed = seed
-        self.replicas = replicas
-        self.first_replica = first_replica
-        self.updates = min(len(sampler) for sampler in samplers) // batch_size
-        self.epoch = self.done = 0
-
-    def __len__(self):
-        return (self.updates - self.done) * len(self.samplers)
-
-    def __iter__(self):
-        iterators = [iter(sampler) for sampler in self.samplers]
-        for iterator in iterators:  # what is done already
-            for _ in islice(iterator, self.done * self.batch_size):
-                pass
-        for update in range(self.done, self.updates):
-            for number, iterator in enumerate(iterators):
-                batch = []
-                for i, index in enumerate(islice(iterator, self.batch_size)):
-                    place = (update * self.batch_size + i) * self.replicas + self.first_replica + number
-                    batch.append((index, derive_seed(self.seed, self.epoch, place)))
-                yield batch
-
-    def set_epoch(self, epoch, done=0):
-        """The next iteration is `epoch`, from its update `done` on."""
-        self.epoch, self.done = epoch, done
-        for sampler in self.samplers:
-            sampler.set_epoch(epoch)
+# timm passes over a part of a policy that it does not know, and trains without it
+_PARTS = {"rand": r"(mstd|mmax|m|n|w|p|inc)-?\d+(\.\d+)?|t\w*",
+          "augmix": r"(mstd|m|w|d|a|b)-?\d+(\.\d+)?"}
 
 
-def build_train_sampler(dataset, batch_size, rank, world_size, accum_steps=1, repeated_aug=True, seed=0):
-    """The training batches of process `rank`; raises UserError where the data set is too small for one update."""
-    kind = RASampler if repeated_aug else torch.utils.data.DistributedSampler
-    replicas = world_size * accum_steps
-    first = rank * accum_steps
-    sampler = TrainingBatchSampler(
-        [kind(dataset, num_replicas=replicas, rank=first + i, shuffle=True) for i in range(accum_steps)],
-        batch_size, seed, replicas, first)
-    if not sampler.updates:
-        raise UserError("{} training images do not fill one global batch of {} x {}; lower --batch-size".format(
-            len(dataset), batch_size, replicas))
-    return sampler
-
-
-class ShardSampler(Sampler):
-    """Every `world_size`-th index from `rank` on: over all processes each image exactly once, none repeated."""
-
-    def __init__(self, dataset, rank, world_size):
-        self.indices = range(rank, len(dataset), world_size)
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __iter__(self):
-        return iter(self.indices)
+def _timm_transform(input_size, a, hflip):
+    policy = None if a.aa in ("", "none") else a.aa
+    try:
+        if policy is not None:
+            kind, *parts = policy.split("-")
+            wrong = [part for part in parts if kind in _PARTS and not re.fullmatch(_PARTS[kind], part)]
+            if wrong:
+                raise ValueError("'{}' is no part of a {} policy".format(wrong[0], kind))
+        transform = create_transform(
+            input_size=input_size, is_training=True, color_jitter=a.color_jitter or None, auto_augment=policy,
+            interpolation=a.train_interpolation, hflip=hflip, re_prob=a.reprob, re_mode=a.remode, re_count=a.recount)
+        if policy is not None:
+            with drawing_from(0):  # some policies fail only when they are used
+                transform(Image.new("RGB", (input_size, input_size)))
+        return transform
+    except (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        raise UserError("--aa {}: timm knows no such augmentation policy ({}); use for example rand-m9-mstd0.5-inc1, "
+                        "augmix-m3-w3, original, v0, or none".format(a.aa, " ".join(str(error).split())[:120] or
+                                                                   type(error).__name__))

@@ -18,9 +18,10 @@ class DistillationLoss(nn.Module):
             teacher's first choice; "cls": as hard, where patch and class-token heads count half each.
         alpha: weight of the distillation term.
         tau: temperature of "soft".
+        every_head: both terms hold for each of the model's outputs (Evo-DeiT's patch and class head).
     """
 
-    def __init__(self, base_criterion, teacher_model, distillation_type, alpha, tau):
+    def __init__(self, base_criterion, teacher_model, distillation_type, alpha, tau, every_head=False):
         super().__init__()
         if distillation_type not in TYPES:
             raise ValueError("distillation type {!r} is not one of {}".format(distillation_type, ", ".join(TYPES)))
@@ -29,6 +30,7 @@ class DistillationLoss(nn.Module):
         self.distillation_type = distillation_type
         self.alpha = 0.0 if distillation_type == "none" else alpha
         self.tau = tau
+        self.every_head = every_head
 
     @torch.no_grad()
     def teach(self, inputs):
@@ -39,18 +41,23 @@ class DistillationLoss(nn.Module):
         logits = self.teacher_model(inputs)
         return logits if self.distillation_type == "soft" else logits.argmax(dim=1)
 
+    def placeholder(self, images, num_classes):
+        """Something of the kind that `teach` gives for `images`, without asking the teacher."""
+        if self.alpha == 0:
+            return None
+        if self.distillation_type == "soft":
+            return torch.zeros(len(images), num_classes, device=images.device)
+        return torch.zeros(len(images), dtype=torch.int64, device=images.device)
+
     def forward(self, inputs, outputs, labels, taught=None):
         """inputs: images (B, 3, H, W), for the teacher. outputs: logits (B, classes), or a tuple (patch, patch
         distillation, class, class distillation) of them, of which "none" takes the first, "soft" and "hard" the first
-        two, "cls" all. labels: what the base criterion takes. taught: what `teach` gave for `inputs`, where it was
-        asked before. Returns the scalar loss; raises ValueError where `outputs` has too few heads."""
+        two, "cls" all; with `every_head` a tuple of any length. labels: what the base criterion takes. taught: what
+        `teach` gave for `inputs`, where it was asked before. Returns the scalar loss; raises ValueError where `outputs`
+        has too few heads."""
         if isinstance(outputs, torch.Tensor):
             outputs = (outputs,)
-        heads = {"none": 1, "soft": 2, "hard": 2, "cls": 4}[self.distillation_type]
-        if len(outputs) < heads:
-            raise ValueError("{} distillation needs {} outputs of the model and got {}"
-                             .format(self.distillation_type, heads, len(outputs)))
-        pairs = ((0, 1), (2, 3)) if self.distillation_type == "cls" else ((0, 1),)  # (label head, distillation head)
+        pairs = self._pairs(len(outputs))
         loss = 0.0
         if self.alpha != 1:
             loss = (1 - self.alpha) * _mean([self.base_criterion(outputs[head], labels) for head, _ in pairs])
@@ -58,6 +65,16 @@ class DistillationLoss(nn.Module):
             taught = self.teach(inputs) if taught is None else taught
             loss = loss + self.alpha * _mean([self._distillation_loss(outputs[head], taught) for _, head in pairs])
         return loss
+
+    def _pairs(self, count):
+        """[(label head, distillation head)] of so many outputs."""
+        if self.every_head:
+            return [(head, head) for head in range(count)]
+        heads = {"none": 1, "soft": 2, "hard": 2, "cls": 4}[self.distillation_type]
+        if count < heads:
+            raise ValueError("{} distillation needs {} outputs of the model and got {}".format(
+                self.distillation_type, heads, count))
+        return [(0, 1), (2, 3)] if self.distillation_type == "cls" else [(0, 1)]
 
     def _distillation_loss(self, logits, taught):
         if self.distillation_type != "soft":

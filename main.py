@@ -1,607 +1,419 @@
 """Trains, distils and evaluates Evo-LeViT: the whole recipe, top to bottom. `python main.py --help` lists the flags."""
 import argparse
 import os
-import sys
 import time
 from datetime import timedelta
 
-LAUNCHER = os.getppid()  # before the imports, which take seconds, and in which a launcher can end
+from runtime import command  # first: it makes torchvision importable on a CPU-only PyTorch
 
-from runtime.tool import Parser, need, need_compiler, positive  # first: it makes torchvision importable on a CPU-only PyTorch
+# isort: split
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler
 
 import losses
-from datasets import DATA_SETS, INAT_CATEGORIES, ShardSampler, build_dataset, build_train_sampler, build_transform
-from engine import evaluate, label_epoch, train_one_epoch
-from evo_vit import compat
+from announce import describe, describe_training
+from datasets import Augmentation, build_dataset, build_transform, crop_pct
+from engine import Learner, evaluate, label_epoch, train_one_epoch
 from fix_timm.mixup import Mixup
-from runtime import device as devices
-from runtime import distributed
-from runtime.checkpoint import (SaveFailed, adapt_for_finetuning, export_weights, load_checkpoint, load_newest,
-                                load_weights, model_state, saved_settings)
-from runtime.control import Agreement, Control, NonFiniteLoss, Signals, TooManyDamagedImages
-from runtime.ema import ModelEma
-from runtime.errors import UserError
-from runtime.macs import count_macs
-from runtime.matmul_rate import measure_matmul_rate
-from runtime.models import (apply_token_schedule, build_model, check_model_name, default_input_size, fold_like,
-                            keep_ratios)
-from runtime.optimizer import build_optimizer
-from runtime.output import prepare_output_dir, summarize, write_args, write_report, write_summary
-from runtime.pictures import DamagedImage, EvaluationView, TrainingView, collate
-from runtime.precision import build_precision, parse_loss_scale
-from runtime.randomness import seed_everything
-from runtime.scalars import Scalars
-from runtime.state import TrainingState
-from runtime.teacher import build_teacher
-from runtime.teacher_labels import LabelWriter, TeacherLabels, label_settings
+from flags import check_machine, check_recipe, family_defaults, global_batch, mixes, parse_args, scaled_lr
+from runtime.errors import NonFiniteLoss, RunFailed, Stopped, UserError
+from runtime.keeping.checkpoint import BEST, export_weights, load_checkpoint, load_newest
+from runtime.keeping.control import Control, Signals
+from runtime.keeping.exported import Program, how_to_run
+from runtime.keeping.output import Lock, explained, prepare_output_dir, summarize, write_args, write_summary
+from runtime.keeping.restore import open_trained, restore
+from runtime.keeping.scalars import Scalars
+from runtime.keeping.settings import combine, need_same_classes, need_same_everywhere, places_in
+from runtime.keeping.sharing import same_for_all
+from runtime.keeping.state import TrainingState
+from runtime.keeping.teacher_labels import LabelWriter, TeacherLabels, label_settings
+from runtime.learning.average import ModelEma
+from runtime.learning.finetuning import start_from
+from runtime.learning.models import (
+    EVO_DEIT,
+    apply_token_schedule,
+    build_model,
+    check_model_name,
+    default_input_size,
+    is_evo_name,
+    keep_ratios,
+    parameters_without_gradient,
+    scheduled_mode,
+    set_mode,
+)
+from runtime.learning.normalization import Renormalize, timm_statistics
+from runtime.learning.optimizer import build_optimizer
+from runtime.learning.teacher import build_teacher
+from runtime.machine import devices, processes, versions
+from runtime.machine.agreement import Agreement
+from runtime.machine.compiling import compile_module, frozen_weights
+from runtime.machine.cost import count_macs, measure_matmul_rate
+from runtime.machine.machine import Machine
+from runtime.machine.precision import build_precision
+from runtime.machine.randomness import seed_everything
+from runtime.pictures.batches import EvaluationView, TrainingView, collate
+from runtime.pictures.folders import describe_left_out
+from samplers import Feed, ShardSampler, build_train_sampler
 
+# ----------------------------------------------------------------------------------------------------- builders
 
-class Stopped(Exception):
-    """A signal asked for it, and the state is saved."""
-
-
-PUBLISHED_EPOCHS = 300
-PUBLISHED_GLOBAL_BATCH = {224: 2048, 384: 1024}  # by image size: 8 cards with 256 and 128 images
-
-
-def get_args_parser():
-    """All flags, with the defaults of the published recipe."""
-    parser = Parser(prog="python main.py", description="Evo-LeViT training and evaluation", allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-
-    add("--batch-size", type=positive, default=256, help="images in a process's batch")
-    add("--epochs", type=positive, default=PUBLISHED_EPOCHS)
-    add("--accum-steps", type=positive, default=1, metavar="N",
-        help="batches in an update: one process trains as N of them would")
-
-    # model
-    add("--model", default="EvoLeViT_256", help="an Evo-LeViT, or with --distillation-type none any timm model")
-    add("--input-size", type=positive, default=None, help="side of the images in pixels; the model's own if not given")
-    add("--drop-path", type=float, default=None, metavar="SHARE", help="stochastic depth; the model's own if not given")
-    add("--prune-warmup-epoch", type=int, default=0, metavar="EPOCH", help="no token selection before this epoch")
-    add("--stage-wise-epoch", type=int, default=200, metavar="EPOCH",
-        help="layer-wise with trade-off 0.5 before this epoch, stage-wise with the learned trade-off from it on")
-    add("--model-ema", action="store_true", default=True, help="keep a moving average of the weights")
-    add("--no-model-ema", action="store_false", dest="model_ema", help="keep none")
-    add("--model-ema-decay", type=float, default=0.99996)
-    add("--model-ema-force-cpu", action="store_true", help="keep the average in host memory")
-
-    # optimiser
-    add("--opt", default="adamw", metavar="OPTIMIZER", help="any of timm's")
-    add("--opt-eps", type=float, default=1e-8)
-    add("--opt-betas", type=float, nargs="+", default=None, metavar="BETA")
-    add("--clip-grad", type=float, default=0.01, metavar="LIMIT", help="gradient clipping; 0 for none")
-    add("--clip-mode", default="agc", choices=("agc", "norm", "value"))
-    add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--weight-decay", type=float, default=0.025)
-
-    # learning-rate schedule, stepped after each epoch
-    add("--sched", default="cosine", choices=("cosine", "tanh", "step", "plateau"))
-    add("--lr", type=float, default=5e-4, help="learning rate for a global batch of 512, scaled with it")
-    add("--lr-noise", type=float, nargs="+", default=None, metavar="SHARE", help="epochs (as shares) with noisy rate")
-    add("--lr-noise-pct", type=float, default=0.67)
-    add("--lr-noise-std", type=float, default=1.0)
-    add("--warmup-lr", type=float, default=1e-6)
-    add("--min-lr", type=float, default=1e-5)
-    add("--decay-epochs", type=float, default=30, help="of the step schedule")
-    add("--warmup-epochs", type=int, default=5)
-    add("--cooldown-epochs", type=int, default=10, help="read by timm's schedule; --epochs alone ends the run")
-    add("--patience-epochs", type=int, default=10, help="of the plateau schedule")
-    add("--decay-rate", "--dr", type=float, default=0.1, help="of the step and plateau schedules")
-
-    # augmentation
-    add("--color-jitter", type=float, default=0.4, help="where --aa is none")
-    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's name of an augmentation policy, or none")
-    add("--smoothing", type=float, default=0.1, help="label smoothing")
-    add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
-    add("--repeated-aug", action="store_true", default=True, help="each image three times in a global batch")
-    add("--no-repeated-aug", action="store_false", dest="repeated_aug", help="each image once in an epoch")
-    add("--reprob", type=float, default=0.25, help="probability of random erasing")
-    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what random erasing fills in")
-    add("--recount", type=positive, default=1, help="areas that random erasing fills")
-    add("--mixup", type=float, default=0.8, help="alpha of mixup; 0 for none")
-    add("--cutmix", type=float, default=1.0, help="alpha of CutMix; 0 for none")
-    add("--cutmix-minmax", type=float, nargs=2, default=None, metavar=("MIN", "MAX"), help="shares of the side")
-    add("--mixup-prob", type=float, default=1.0)
-    add("--mixup-switch-prob", type=float, default=0.5, help="probability of CutMix where both are on")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"))
-
-    # distillation
-    add("--teacher-model", default="regnety_160", metavar="MODEL")
-    add("--teacher-path", default="./regnety_160-a5fe301d.pth", metavar="FILE")
-    add("--distillation-type", default="cls", choices=losses.TYPES)
-    add("--distillation-alpha", type=float, default=0.5, help="weight of the distillation loss")
-    add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
-    add("--teacher-input-size", type=positive, default=None, metavar="PIXELS",
-        help="shrink or enlarge the images for the teacher, which changes its labels; the student's size if not given")
-    add("--write-teacher-labels", default="", metavar="DIR",
-        help="train nothing, but store the teacher's labels of --epochs epochs with the crops of this run")
-    add("--teacher-labels", default="", metavar="DIR",
-        help="take stored labels, with their crops, over and over where there are fewer epochs of them, and no teacher")
-
-    # data
-    add("--data-path", "--data_path", default=None, metavar="DIR", help="folder with train/ and val/")
-    add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET: any folder in ImageNet's layout")
-    add("--inat-category", default="name", choices=INAT_CATEGORIES)
-    add("--num_workers", "--num-workers", type=int, default=None,
-        help="data-loading processes of each process; if not given 10, or its share of the cores where that is less")
-    add("--jpeg-draft", action="store_true",
-        help="decode JPEGs at a half, a quarter or an eighth of their size where a crop is twice as much larger than the image")
-    add("--pin-mem", action="store_true", default=True, help="page-locked host memory, where the device is no CPU")
-    add("--no-pin-mem", action="store_false", dest="pin_mem")
-
-    # precision
-    add("--amp-backend", default="auto", choices=("auto", "apex", "native", "none"),
-        help="auto: on an NPU apex if it is installed, else native; on CUDA native; on a CPU none")
-    add("--opt-level", default=None, choices=("O0", "O1", "O2"),
-        help="O0 float32, O1 mixed precision (bf16 on a CPU), O2 apex's; if not given O1, on a CPU O0")
-    add("--loss-scale", type=parse_loss_scale, default=None, metavar="SCALE",
-        help="a number or dynamic; if not given 128 on an NPU, else dynamic")
-
-    add("--amp-dtype", default=None, choices=("fp16", "bf16"),
-        help="of native mixed precision; if not given fp16, on a CPU bf16")
-
-    # speed, at the same numbers but for rounding
-    add("--compile", action="store_true", help="compile model and teacher by torch.compile; takes minutes at the start")
-    add("--channels-last", action="store_true", default=None,
-        help="memory format of images and convolutions; if not given on CPUs and CUDA devices with PyTorch 2")
-    add("--no-channels-last", action="store_false", dest="channels_last")
-
-    # the run
-    add("--output_dir", "--output-dir", default="save", metavar="DIR")
-    add("--tensorboard", action="store_true", help="also write log.txt's figures for TensorBoard, to DIR/tensorboard")
-    add("--device", default="auto", choices=("auto", "npu", "cuda", "cpu"), help="auto: npu, then cuda, then cpu")
-    add("--device_id", "--device-id", type=int, default=0, metavar="CARD", help="the first process's card")
-    add("--max-steps", type=positive, default=None, metavar="N", help="end the run after N updates, to measure speed")
-    add("--seed", type=int, default=0)
-    add("--finetune", default="", metavar="FILE", help="start from the weights of another data set or image size")
-    add("--resume", default="", metavar="FILE",
-        help="go on from this checkpoint, or evaluate it; auto: the newest good one in --output_dir, if there is one")
-    add("--save-every-steps", type=positive, default=None, metavar="N", help="save inside an epoch, too, every N updates")
-    add("--save-every-minutes", type=float, default=None, metavar="M", help="save inside an epoch, too, every M minutes")
-    add("--max-bad-images", type=int, default=50, metavar="N", help="stop when more picture files cannot be decoded")
-    add("--skip-nonfinite", type=int, default=0, metavar="N", help="leave out up to N updates in a row without finite loss")
-    add("--dist-timeout", type=float, default=30, metavar="MINUTES", help="end the job when a process is not heard of")
-    add("--export-weights", default="", metavar="FILE", help="write the weights at the end as safetensors")
-    add("--start_epoch", "--start-epoch", type=int, default=0, metavar="EPOCH")
-    add("--eval", action="store_true", help="evaluate --resume FILE, or DIR/best_checkpoint.pth of --output_dir")
-    add("--eval-ema", action="store_true", help="evaluate the averaged weights")
-    add("--dist-eval", action="store_true", default=True, help="share the validation images out, each counted once")
-    add("--no-dist-eval", action="store_false", dest="dist_eval", help="every process evaluates all of them")
-    add("--world_size", "--world-size", type=int, default=None, help="checked against the launcher; need not be given")
-    add("--dist_url", "--dist-url", default="env://", help="where the processes meet")
-    add("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    return parser
-
-
-def parse_args(argv=None):
-    """The flags, and the set of those that the command line names."""
-    parser = get_args_parser()
-    args = parser.parse_args(argv)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return args, set(vars(parser.parse_args(argv)))
-
-
-def take_from_checkpoint(args, given, saved):
-    """For --eval: what the command line leaves open is as in the run that wrote the checkpoint (saved_settings)."""
-    for name in ("model", "input_size", "data_set", "data_path", "inat_category", "prune_warmup_epoch",
-                 "stage_wise_epoch"):
-        if name not in given and name in saved:
-            setattr(args, name, saved[name])
-
-
-def check_machine(args):
-    """Raises UserError for flags that this machine cannot serve, of training and evaluation alike."""
-    if args.compile:
-        need_compiler("--compile")
-    if args.export_weights:
-        need("--export-weights", "safetensors")
-        folder = os.path.dirname(os.path.abspath(args.export_weights))
-        if os.path.isdir(args.export_weights) or not os.access(folder, os.W_OK):
-            raise UserError("--export-weights: {} cannot be written; name a file in a folder that is there".format(
-                args.export_weights))
-
-
-def check_recipe(args):
-    """Raises UserError for flags that do not go together."""
-    mixup = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixup and args.batch_size % 2:
-        raise UserError("--batch-size {} is odd, and mixup and CutMix mix pairs; use an even one, or --mixup 0 --cutmix 0"
-                        .format(args.batch_size))
-    if args.jpeg_draft and (args.data_set in ("CIFAR", "DIGITS") or (args.input_size or 64) <= 32):
-        raise UserError("--jpeg-draft is for data sets of large picture files, which --data-set {} with images of {} pixels "
-                        "is not".format(args.data_set, args.input_size))
-    if (args.teacher_labels or args.write_teacher_labels) and args.distillation_type == "none":
-        raise UserError("--distillation-type none has no teacher whose labels could be stored; leave {} out".format(
-            "--teacher-labels" if args.teacher_labels else "--write-teacher-labels"))
-    if args.teacher_labels and args.write_teacher_labels:
-        raise UserError("--write-teacher-labels writes labels and --teacher-labels reads them; use one at a time")
-    if args.tensorboard:
-        need("--tensorboard", "tensorboard")
-    if args.start_epoch < 0 or args.start_epoch >= args.epochs:
-        raise UserError("--start_epoch {}: the epochs go from 0 to {}".format(args.start_epoch, args.epochs - 1))
-    return mixup
-
-
-def build_loader(dataset, args, device, world, **kwargs):
+def build_loader(dataset, args, machine, **kwargs):
     """A DataLoader with the recipe's workers."""
     workers = args.num_workers
     if workers is None:
-        workers = min(10, (os.cpu_count() or 1) // world.local_size)
+        workers = min(10, (os.cpu_count() or 1) // machine.world.local_size)
     return torch.utils.data.DataLoader(
-        dataset, num_workers=workers, pin_memory=args.pin_mem and device.type != "cpu", collate_fn=collate,
-        **dict(kwargs, **compat.persistent_workers(workers)))
+        dataset, num_workers=workers, pin_memory=args.pin_mem and machine.device.type != "cpu", collate_fn=collate,
+        **dict(kwargs, **versions.persistent_workers(workers)))
 
 
-def build_train_loader(args, device, world):
-    """(the training images' loader, its sampler, number of images, names of the classes)."""
-    transform = build_transform(True, args.data_set, args.input_size, args.color_jitter, args.aa, args.train_interpolation,
-                                args.reprob, args.remode, args.recount, args.jpeg_draft)
+def build_train_loader(args, machine):
+    """The training images' loader; its data set and sampler are its attributes dataset.dataset and batch_sampler."""
+    augmentation = Augmentation(*(getattr(args, name) for name in Augmentation._fields))
+    transform = build_transform(True, args.data_set, args.input_size, augmentation)
     dataset = build_dataset(True, args.data_set, args.data_path, transform, args.inat_category, args.jpeg_draft)
-    sampler = build_train_sampler(dataset, args.batch_size, world.rank, world.size, args.accum_steps, args.repeated_aug,
-                                  args.seed)
-    return build_loader(TrainingView(dataset), args, device, world, batch_sampler=sampler), sampler, len(dataset), dataset.classes
+    if getattr(dataset, "left_out", None):
+        machine.say("Note: {} holds files that are no pictures by their names: {}".format(
+            dataset.root, describe_left_out(dataset.left_out)))
+    sampler = build_train_sampler(dataset, args.batch_size, machine.world.rank, machine.world.size, args.accum_steps,
+                                  args.repeated_aug, args.seed)
+    return build_loader(TrainingView(dataset), args, machine, batch_sampler=sampler)
 
 
-def build_val_loader(args, device, world):
-    """The validation images, each process's share of them with --dist-eval, and the names of the classes."""
-    transform = build_transform(False, args.data_set, args.input_size)
-    dataset = build_dataset(False, args.data_set, args.data_path, transform, args.inat_category)
-    sharded = args.dist_eval and world.size > 1
-    sampler = ShardSampler(dataset, world.rank, world.size) if sharded else None
-    view = EvaluationView(dataset, args.input_size)
-    return build_loader(view, args, device, world, batch_size=args.batch_size, sampler=sampler), dataset.classes, sharded
+def build_val_loader(args, machine, places_of=lambda classes: None):
+    """(the validation images' loader, of each process's share of them with --dist-eval; whether they are shared out).
+    places_of(names of the classes): the number that the model has for each, None for the same."""
+    dataset = build_dataset(False, args.data_set, args.data_path, build_transform(False, args.data_set,
+        args.input_size), args.inat_category)
+    shared = args.dist_eval and machine.world.size > 1
+    sampler = ShardSampler(dataset, machine.world.rank, machine.world.size) if shared else None
+    view = EvaluationView(dataset, args.input_size, places_of(dataset.classes))
+    return build_loader(view, args, machine, batch_size=args.batch_size, sampler=sampler), shared
 
 
-def describe(model, args, device, precision, world, say):
-    """The first lines of a run: what is computed, and where."""
-    parameters = sum(p.numel() for p in model.parameters())
-    say("Model: {}, {:,} parameters, {:,.1f} M FLOPs (multiply-adds) for an image of {} pixels".format(
-        args.model, parameters, count_macs(model, args.input_size) / 1e6, args.input_size))
-    say("Device: {} x {}, precision {}, torch {torch}, torchvision {torchvision}, timm {timm}".format(
-        device.type, world.size, precision.name, **compat.versions()))
-    notice = compat.untested_notice()
-    if notice:
-        say("Warning: " + notice)
-    return parameters
-
-
-def describe_training(args, global_batch, world, images, updates, lr, say):
-    """The lines on which two runs of the same flags may differ, with a warning where they are not the published ones."""
-    say("Data: {}, {:,} training images".format(args.data_set, images))
-    say("Global batch: {} = {} images x {} processes x {} accumulation steps".format(
-        global_batch, args.batch_size, world.size, args.accum_steps))
-    say("Learning rate: {:.4g} after scaling ({:.4g} x {} / 512)".format(lr, args.lr, global_batch))
-    say("Updates: {} per epoch, {} epochs".format(updates, args.epochs))
-    published = PUBLISHED_GLOBAL_BATCH.get(default_input_size(args.model))
-    if args.model.startswith("EvoLeViT") and (global_batch, args.epochs) != (published, PUBLISHED_EPOCHS):
-        say("Warning: the published accuracy of {} was reached with a global batch of {} and {} epochs, this run has {} "
-            "and {}; --accum-steps makes up for missing devices".format(
-                args.model, published, PUBLISHED_EPOCHS, global_batch, args.epochs))
-
-
-def evaluate_checkpoint(args, checkpoint, epoch, device, precision, world, say):
-    """`--eval`: prints top-1, top-5, loss and images/s of the checkpoint, and returns the model."""
-    key = "model_ema" if args.eval_ema else "model"
-    state = model_state(checkpoint, args.resume, "--resume", key)
-    check_model_name(args.model)
-    args.input_size = args.input_size or default_input_size(args.model)
-    loader, classes, sharded = build_val_loader(args, device, world)
-    model = build_model(args.model, len(classes), args.input_size,
-                        distillation=any(key.startswith("head_dist.") for key in state))
-    load_weights(fold_like(state, model), state, args.model, args.resume, "--resume")
-    describe(model, args, device, precision, world, say)
-    mode = "as built"
-    if epoch is not None:
-        mode = apply_token_schedule(model, max(epoch, 0), args.prune_warmup_epoch, args.stage_wise_epoch)
-    channels_last = uses_channels_last(args, device)
-    model, _ = precision.prepare(arrange(model.to(device), args, device, channels_last, frozen=True))
-    with compat.frozen_weights(device.type):
-        stats = evaluate(loader, model, device, sharded, world.is_main, precision, channels_last)
-    say("Evaluated {} ({}, {}) on {} images of {}".format(
-        args.resume, "averaged weights" if args.eval_ema else "weights", mode, stats["images"], args.data_set))
-    say("Acc@1 {acc1:.3f}  Acc@5 {acc5:.3f}  loss {loss:.4f}  images/s {images_per_s:.1f}".format(**stats))
-    if stats["damaged"]:
-        say("{} damaged images, named above, count as wrong".format(stats["damaged"]))
-    if args.export_weights and world.is_main:
-        save_export(model, args, classes, say)
+def build_student(args, classes, say, fresh):
+    """The model to train, from --finetune's weights where they are given and the run is a `fresh` one."""
+    more_heads = args.distillation_type != "none" or args.model.startswith(EVO_DEIT)
+    model = build_model(args.model, len(classes), args.input_size, more_heads, args.drop_path, args.keep_ratio)
+    if args.finetune and fresh:
+        checkpoint = load_checkpoint(args.finetune, "--finetune")
+        checkpoint.name_ignored(say)
+        same = checkpoint.classes() in (None, classes)
+        start = start_from(checkpoint.weights(), model, args.model, same, checkpoint.refuse)
+        model.load_state_dict(start.state, strict=False)
+        say("Finetuning from {}; of its tensors left out: {}".format(args.finetune, ", ".join(start.left_out)
+            or "none"))
+        if start.new:
+            say("Not in it, so drawn at random: {}".format(", ".join(start.new)))
+        if not same:
+            say("Its classes differ from the data set's (first '{}', here '{}'), so the classifier starts anew".format(
+                *next((pair for pair in zip(checkpoint.classes(), classes) if pair[0] != pair[1]),
+                      (checkpoint.classes()[-1], classes[-1]))))
     return model
 
 
-def save_export(model, args, classes, say):
-    """`--export-weights`: the model's weights, with what --eval needs to build it again."""
-    export_weights(model, args.export_weights, {"classes": classes, "args": {
-        name: getattr(args, name) for name in ("model", "input_size", "data_set", "inat_category")}})
-    say("The weights now lie in {}".format(args.export_weights))
-
-
-def uses_channels_last(args, device):
-    """The memory format that the flags ask for, or that suits the device."""
-    return compat.prefers_channels_last(device.type) if args.channels_last is None else args.channels_last
-
-
-def arrange(model, args, device, channels_last, frozen=False):
-    """`model` in its memory format, and with --compile compiled when it is first called (frozen: see compile_module)."""
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
-    if args.compile:
-        compat.compile_module(model, device.type, args.model.startswith("EvoLeViT"), frozen)
-    return model
-
-
-def build_criterion(args, mixup_active, num_classes, teacher):
+def build_criterion(args, num_classes, teacher):
     """(the distillation loss over the base criterion that suits the labels, Mixup or None)."""
-    mixup_fn = None
-    if mixup_active:
-        mixup_fn = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
-                         args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)
+    mixup = None
+    if mixes(args):
+        mixup = Mixup(args.mixup, args.cutmix, args.cutmix_minmax, args.mixup_prob, args.mixup_switch_prob,
+                      args.mixup_mode, label_smoothing=args.smoothing, num_classes=num_classes)
         base = SoftTargetCrossEntropy()
     elif args.smoothing:
         base = LabelSmoothingCrossEntropy(smoothing=args.smoothing)
     else:
         base = torch.nn.CrossEntropyLoss()
     return losses.DistillationLoss(base, teacher, args.distillation_type, args.distillation_alpha,
-                                   args.distillation_tau), mixup_fn
+                                   args.distillation_tau, args.model.startswith(EVO_DEIT)), mixup
 
 
-def find_unused(model, args, criterion, mixup_active, num_classes, device, world):
-    """{mode: names of the parameters that have no gradient in it} for every mode of the schedule."""
-    unused = {}
-    images = torch.zeros(2, 3, args.input_size, args.input_size, device=device)
-    labels = torch.full((2, num_classes), 1 / num_classes, device=device) if mixup_active else \
-        torch.zeros(2, dtype=torch.int64, device=device)
-    for epoch in range(args.epochs):
-        mode = apply_token_schedule(model, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
-        if mode not in unused:
-            unused[mode] = distributed.parameters_without_gradient(model, criterion, images, labels) if world.size > 1 else []
-    return unused
-
-
-def train(args, given, checkpoint, path, device, precision, world, say):
-    """The recipe itself, going on from `checkpoint`, read from `path`, if there is one; returns the trained model."""
-    mixup_active = check_recipe(args)
-    check_model_name(args.model)
-    args.input_size = args.input_size or default_input_size(args.model)
-    distil = args.distillation_type != "none"
-
-    train_loader, sampler, images, classes = build_train_loader(args, device, world)
-    num_classes = len(classes)
-    val_loader, _, sharded = build_val_loader(args, device, world)
-
-    model = build_model(args.model, num_classes, args.input_size, distil, args.drop_path)
-    if args.finetune:
-        state = model_state(load_checkpoint(args.finetune, "--finetune"), args.finetune, "--finetune")
-        state, left_out = adapt_for_finetuning(state, model)
-        if not state:
-            raise UserError("--finetune: no tensor of {} fits {}".format(args.finetune, args.model))
-        model.load_state_dict(state, strict=False)
-        say("Finetuning from {}; of its tensors left out: {}".format(args.finetune, ", ".join(left_out) or "none"))
-    channels_last = uses_channels_last(args, device)
-    labels = teacher = None
+def build_teaching(args, classes, images, machine):
+    """(the teacher, stored labels of one): at most one of them, where the loss needs what it says."""
     if args.teacher_labels:
-        labels = TeacherLabels(args.teacher_labels,
-                               label_settings(args, world.size * args.accum_steps, images, num_classes))
-        say("Teacher labels: {} epochs in {}".format(labels.epochs, args.teacher_labels))
-    elif distil and args.distillation_alpha != 0:
-        teacher = build_teacher(args, num_classes, device, precision.dtype, channels_last)
+        replicas = machine.world.size * args.accum_steps
+        labels = TeacherLabels(args.teacher_labels, label_settings(args, replicas, images, len(classes)))
+        machine.say("Teacher labels: {} epochs in {}".format(labels.epochs, args.teacher_labels))
+        return None, labels
+    if args.distillation_type == "none" or args.distillation_alpha == 0 and not args.write_teacher_labels:
+        return None, None
+    check_model_name(args.teacher_model, "--teacher-model")
+    checkpoint = load_checkpoint(args.teacher_path, "--teacher-path")
+    checkpoint.name_ignored(machine.say)
+    return build_teacher(args.teacher_model, checkpoint, classes, machine,
+                         args.input_size, args.teacher_input_size), None
 
-    n_parameters = describe(model, args, device, precision, world, say)
-    flops = 2 * (3 * count_macs(model, args.input_size) + (
-        count_macs(teacher.model, args.teacher_input_size or args.input_size) if teacher is not None else 0))  # of a training image
-    matmul_rate = measure_matmul_rate(device, precision.dtype) * world.size
-    model.to(device)
-    base_lr = args.lr
-    args.lr = base_lr * args.batch_size * world.size * args.accum_steps / 512
-    optimizer = build_optimizer(args, model, device, precision.backend)
-    lr_scheduler, _ = create_scheduler(args, optimizer)
-    scaled_lr, args.lr = args.lr, base_lr
-    model_ema = None
+
+def build_learner(args, model, criterion, machine):
+    """(the Learner of `model`, which is put on the machine; its schedule of learning rates)."""
+    machine.place(model)
+    scaled = argparse.Namespace(**dict(vars(args), lr=scaled_lr(args, machine)))
+    optimizer = build_optimizer(scaled, model, machine.device, machine.precision.backend)
+    lr_scheduler, _ = create_scheduler(scaled, optimizer)
+    average = None
     if args.model_ema:
-        model_ema = ModelEma(model, args.model_ema_decay)
+        average = ModelEma(model, args.model_ema_decay, args.model_ema_warmup)
         if args.model_ema_force_cpu:
-            model_ema.module.cpu()
-    criterion, mixup_fn = build_criterion(args, mixup_active, num_classes, teacher)
-    unused = find_unused(model, args, criterion, mixup_active, num_classes, device, world)
-    model, optimizer = precision.prepare(arrange(model, args, device, channels_last), optimizer, teacher)
-    if args.compile and teacher is not None:
-        compat.compile_module(teacher.model, device.type, fullgraph=False, frozen=True)
+            average.module.cpu()
+    teacher = criterion.teacher_model
+    model, optimizer = machine.precision.prepare(model, optimizer, teacher)
+    if args.compile:
+        compile_module(model, machine.device.type, is_evo_name(args.model))
+        if teacher is not None:
+            compile_module(teacher.model, machine.device.type, fullgraph=False, frozen=True)
+    return Learner(model, criterion, optimizer, machine, args.clip_grad, args.clip_mode, average), lr_scheduler
 
-    global_batch = args.batch_size * world.size * args.accum_steps
-    describe_training(args, global_batch, world, images, sampler.updates, scaled_lr, say)
 
-    args.processes, args.global_batch = world.size, global_batch
-    state = TrainingState(model, model_ema, optimizer, lr_scheduler, precision, classes, args)
+def find_unused(model, criterion, args, machine):
+    """{mode: names of the parameters that have no gradient in it} for every mode of the schedule."""
+    modes = {scheduled_mode(e, args.prune_warmup_epoch, args.stage_wise_epoch) for e in range(args.epochs)}
+    if machine.world.size == 1:
+        return dict.fromkeys(modes, ())
+    images = torch.zeros(2, 3, args.input_size, args.input_size, device=machine.device)
+    labels = torch.full((2, model.num_classes), 1 / model.num_classes, device=machine.device) if mixes(args) else \
+        torch.zeros(2, dtype=torch.int64, device=machine.device)
+    return {set_mode(model, mode): parameters_without_gradient(model, criterion, images, labels) for mode in modes}
+
+
+# ----------------------------------------------------------------------------------------------------- tasks
+
+def train(args, given, checkpoint, machine, agreement):
+    """The recipe itself, going on from `checkpoint` if there is one; returns the trained model."""
+    say = machine.say
+    loader = build_train_loader(args, machine)
+    data, sampler = loader.dataset.dataset, loader.batch_sampler
+    if len(data.classes) == 1:
+        raise UserError("--data-path: there is one class only, '{}', so there is nothing to tell apart; the layout is "
+                        "train/CLASS/PICTURE and val/CLASS/PICTURE".format(data.classes[0]))
     if checkpoint is not None:
-        state.restore(checkpoint, path, "start_epoch" in given, global_batch, say)
-    elif args.start_epoch and args.sched != "plateau":
-        lr_scheduler.step(args.start_epoch - 1)
+        need_same_classes(checkpoint, data.classes)
+    val_loader, shared = build_val_loader(args, machine)
+    model = build_student(args, data.classes, say, checkpoint is None)
+    teacher, labels = build_teaching(args, data.classes, len(data), machine)
+    flops = 2 * (3 * describe(model, args, machine) + ( count_macs(teacher.model,
+                 teacher.input_size or args.input_size) if teacher is not None else 0)) # of a training image
+    matmul_rate = measure_matmul_rate(machine.device, machine.precision.dtype) * machine.world.size
+    criterion, mixup = build_criterion(args, len(data.classes), teacher)
+    unused = find_unused(model.to(machine.device), criterion, args, machine)
+    learner, lr_scheduler = build_learner(args, model, criterion, machine)
+    feed = Feed(loader, sampler, mixup, labels)
+    describe_training(args, machine, len(data), sampler.updates)
 
-    if world.is_main:
-        prepare_output_dir(args.output_dir, checkpoint is None, state.size_on_disk(), say)
-        write_args(args.output_dir, args)
-        state.write_log()
-    scalars = Scalars(args.output_dir, state.log) if args.tensorboard and world.is_main else None
-    distributed.barrier()
-    agreement = Agreement(timedelta(minutes=args.dist_timeout))
-    start, updates = time.time(), 0
-    parallel = parallel_mode = None
+    settings = dict(vars(args), processes=machine.world.size, global_batch=global_batch(args, machine))
+    need_same_everywhere(settings, data, agreement)
     with Signals() as signals:
         control = Control(agreement, signals, args.save_every_steps, args.save_every_minutes, args.max_bad_images,
                           args.skip_nonfinite)
+        state = TrainingState(learner, lr_scheduler, control, data.classes, settings)
+        state.restore(checkpoint, "start_epoch" in given, say)
+        lock, scalars = open_output(args, state, checkpoint is None, machine)
+        start, updates, shared_mode = time.time(), 0, None
 
-        def save_inside_epoch(epoch_updates, loss_sum):
-            state.progress = {"images": epoch_updates * global_batch, "loss_sums": agreement.gather(loss_sum)}
-            if world.is_main:
-                state.save()
-            distributed.barrier()  # no process leaves while rank 0 still writes
+        def saved(done):
+            state.save_inside_epoch(done, agreement.gather(done.loss_sum))
+            processes.barrier()  # no process leaves while the first one still writes
             if control.stop:
                 raise Stopped
 
         for epoch in range(state.epoch, args.epochs):
-            epoch_start = time.time()
-            mode = apply_token_schedule(model, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
-            if model_ema is not None:
-                apply_token_schedule(model_ema.module, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
-            if mode != parallel_mode:  # layer-wise and stage-wise training use different parameters
-                parallel, parallel_mode = distributed.parallelize(model, device, unused[mode], device.type != "npu"), mode
-            done = state.done(global_batch, world.rank)
-            sampler.set_epoch(epoch if labels is None else labels.crop_epoch(epoch), done[0])
-            train_stats = train_one_epoch(
-                parallel, criterion, train_loader, optimizer, device, epoch, control, args.accum_steps, args.clip_grad,
-                args.clip_mode, model_ema, mixup_fn, world.size, world.rank, world.is_main, precision,
-                args.max_steps and args.max_steps - updates, args.seed, done, save_inside_epoch, channels_last, labels)
-            train_stats["train_seconds"] = time.time() - epoch_start
-            train_stats["mfu"] = flops * train_stats["train_images_per_s"] / matmul_rate
-            distributed.broadcast_buffers(model)
-            test_stats = evaluate(val_loader, model, device, sharded, world.is_main, precision, channels_last)
-            lr_scheduler.step(epoch, test_stats["acc1"])
-            best = test_stats["acc1"] > state.max_accuracy
-            state.max_accuracy = max(state.max_accuracy, test_stats["acc1"])
-            log = dict(train_stats, epoch=epoch, mode=mode, keep_ratios=keep_ratios(model), seconds=time.time() - epoch_start,
-                       peak_memory_mb=devices.peak_memory_mb(device), n_parameters=n_parameters,
-                       damaged_images=control.damaged)
-            log.update(("test_" + name, value) for name, value in test_stats.items())
-            state.log.append(log)
-            state.epoch, state.progress = epoch + 1, None
-            if world.is_main:
+            epoch_start, done = time.time(), state.done()
+            for one in (learner.model,) + ((learner.average.module,) if learner.average is not None else ()):
+                state.mode = apply_token_schedule(one, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
+            if state.mode != shared_mode:  # layer-wise and stage-wise training use different parameters
+                learner.share(unused.get(state.mode, ()))
+                shared_mode = state.mode
+            log = train_one_epoch(learner, feed, epoch, control, done, args.max_steps and args.max_steps - updates,
+                 saved)
+            updates += log["updates"] - done.updates
+            log.update(train_seconds=time.time() - epoch_start, mfu=flops * log["train_images_per_s"] / matmul_rate,
+                       epoch=epoch, mode=state.mode, keep_ratios=keep_ratios(learner.model))
+            log.update(validate(learner, val_loader, shared))
+            log.update(seconds=time.time() - epoch_start, peak_memory_mb=devices.peak_memory_mb(machine.device),
+                       n_parameters=sum(p.numel() for p in model.parameters()), damaged_images=control.damaged)
+            best = state.finish_epoch(log)
+            if machine.world.is_main:
                 state.save(best)
-            if scalars is not None:
-                scalars.write(log)
-            say("Epoch {epoch} ({mode}): train loss {train_loss:.4f}, {train_images_per_s:.1f} images/s ({mfu:.0%} of the "
-                "matmul rate, {waiting_for_data:.0%} waiting for data); test Acc@1 {test_acc1:.3f}, Acc@5 {test_acc5:.3f}, "
-                "loss {test_loss:.4f}; best Acc@1 {best:.3f}".format(best=state.max_accuracy, **log))
-            distributed.barrier()
-            updates += train_stats["updates"] - done[0]
+                if scalars is not None:
+                    scalars.write(log)
+            say("Epoch {epoch} ({mode}): train loss {train_loss:.4f}, {train_images_per_s:.1f} images/s ({mfu:.0%} of "
+                "the matmul rate, {waiting_for_data:.0%} waiting for data); test Acc@1 {test_acc1:.3f}, Acc@5 "
+                "{test_acc5:.3f}, loss {test_loss:.4f}; best {best_by} {best:.3f}".format(best_by="Acc@1"
+                if args.best_by == "test_acc1" else "Acc@1 of the average", best=state.max_accuracy, **log))
+            processes.barrier()
             if updates == args.max_steps:
                 break
             if agreement.total(int(signals.stop))[0] and state.epoch < args.epochs:
                 raise Stopped
-    if world.is_main:
-        write_summary(args.output_dir, dict(summarize(state.log, global_batch), model=args.model, device=device.type,
-                                            processes=world.size, batch_size=args.batch_size, updates=updates,
-                                            precision=precision.name, best_acc1=state.max_accuracy,
-                                            seconds=time.time() - start))
+    finish(args, state, updates, time.time() - start, machine)
+    return learner.model
+
+
+def open_output(args, state, fresh, machine):
+    """Prepares the output folder; returns what keeps other runs out while it lives, and what writes for TensorBoard, or
+    None."""
+    lock = scalars = None
+    if machine.world.is_main:
+        lock = Lock(args.output_dir)
+        prepare_output_dir(args.output_dir, fresh, state.size_on_disk(), machine.say)
+        write_args(args.output_dir, state.settings)
+        state.write_log()
+        scalars = Scalars(args.output_dir, state.log) if args.tensorboard else None
+    processes.barrier()
+    return lock, scalars
+
+
+def validate(learner, loader, shared):
+    """Figures of an evaluation, for the log: test_* of the weights, and of their average test_ema_acc1 and
+    test_ema_loss."""
+    processes.broadcast_buffers(learner.model)
+    log = {"test_" + name: value for name, value in evaluate(learner.model, loader, learner.machine, shared).items()}
+    average = learner.average
+    if average is not None and next(average.module.parameters()).device.type == learner.machine.device.type:
+        processes.broadcast_buffers(average.module)
+        figures = evaluate(average.module, loader, learner.machine, shared)
+        log.update(test_ema_acc1=figures["acc1"], test_ema_loss=figures["loss"])
+    return log
+
+
+def finish(args, state, updates, seconds, machine):
+    """What a finished run leaves beside its checkpoints."""
+    if machine.world.is_main:
+        write_summary(args.output_dir, dict(
+            summarize(state.log, state.settings["global_batch"]), model=args.model, device=machine.device.type,
+            processes=machine.world.size, batch_size=args.batch_size, updates=updates, precision=machine.precision.name,
+            best_acc1=max(entry["test_acc1"] for entry in state.log), seconds=seconds))
         if args.export_weights:
-            save_export(model, args, classes, say)
-    say("Training time {}; {} holds the weights of the last epoch and of the best".format(
-        timedelta(seconds=int(time.time() - start)), args.output_dir))
-    return model
+            save_export(state.learner.model, args, state.classes, state.mode, machine.say)
+    machine.say("Training time {}; {} holds the weights of the last epoch and of the best".format(
+        timedelta(seconds=int(seconds)), args.output_dir))
 
 
-def write_labels(args, device, precision, world, say):
+def write_labels(args, machine):
     """`--write-teacher-labels`: stores what the teacher says of --epochs epochs' crops; epochs that are stored stay."""
-    mixup_active = check_recipe(args)
-    check_model_name(args.model)
-    args.input_size = args.input_size or default_input_size(args.model)
-    loader, sampler, images, classes = build_train_loader(args, device, world)
-    num_classes = len(classes)
-    channels_last = uses_channels_last(args, device)
-    teacher = build_teacher(args, num_classes, device, precision.dtype, channels_last)
-    precision.prepare(teacher)
+    loader = build_train_loader(args, machine)
+    data, sampler = loader.dataset.dataset, loader.batch_sampler
+    teacher, _ = build_teaching(args, data.classes, len(data), machine)
+    machine.precision.prepare(teacher)
     if args.compile:
-        compat.compile_module(teacher.model, device.type, fullgraph=False, frozen=True)
-    criterion, mixup_fn = build_criterion(args, mixup_active, num_classes, teacher)
-    replicas = world.size * args.accum_steps
-    writer = LabelWriter(args.write_teacher_labels, label_settings(args, replicas, images, num_classes), world.is_main)
-    own = [world.rank * args.accum_steps + i for i in range(args.accum_steps)]
-    say("Teacher: {}, labels of {:,} images x {} epochs".format(
-        args.teacher_model, sampler.updates * args.batch_size * replicas, args.epochs))
+        compile_module(teacher.model, machine.device.type, fullgraph=False, frozen=True)
+    criterion, mixup = build_criterion(args, len(data.classes), teacher)
+    feed = Feed(loader, sampler, mixup)
+    settings = label_settings(args, sampler.replicas, len(data), len(data.classes))
+    writer = LabelWriter(args.write_teacher_labels, settings, machine.world.is_main)
+    own = [sampler.first_replica + step for step in range(feed.accum_steps)]
+    machine.say("Teacher: {}, labels of {:,} images x {} epochs".format(
+        args.teacher_model, sampler.updates * global_batch(args, machine), args.epochs))
     for epoch in range(args.epochs):
-        if all(writer.has(epoch, replica) for replica in own):
-            continue
-        sampler.set_epoch(epoch)
-        labels = label_epoch(loader, criterion, device, epoch, args.accum_steps, mixup_fn, world.size, world.rank,
-                             world.is_main, precision, args.seed, channels_last)
-        for replica, batches in zip(own, labels):
-            writer.write(epoch, replica, batches)
-    distributed.barrier()
-    say("The labels lie in {}; train with --teacher-labels {}".format(args.write_teacher_labels, args.write_teacher_labels))
+        if not all(writer.has(epoch, replica) for replica in own):
+            for replica, batches in zip(own, label_epoch(criterion, feed, epoch, machine)):
+                writer.write(epoch, replica, batches)
+    processes.barrier()
+    machine.say("The labels lie in {0}; train with --teacher-labels {0}".format(args.write_teacher_labels))
     return teacher
 
 
-def run(args, given):
-    """One run of the recipe as `args` say; returns the model. Raises UserError for a user's mistake."""
-    world = distributed.read_world(args.local_rank, args.world_size)
+def evaluate_checkpoint(args, given, checkpoint, machine):
+    """`--eval`: prints top-1, top-5, loss and images/s of the checkpoint, and returns the model."""
+    loader, shared = build_val_loader(args, machine, lambda classes: places_in(checkpoint, classes))
+    classes = checkpoint.classes() or loader.dataset.dataset.classes
+    restored = restore(checkpoint, args.model, args.input_size, len(classes), "model_ema" if args.eval_ema else "model",
+                       args.keep_ratio)
+    if len(restored.classes) != len(classes):
+        checkpoint.refuse("was trained on {} classes but {} are needed here (the classes of the data set)".format(
+            len(restored.classes), len(classes)))
+    model, mode = restored.model, restored.mode
+    if not isinstance(model, Program):
+        describe(model, args, machine)
+    if given & {"prune_warmup_epoch", "stage_wise_epoch"} and isinstance(model, Program):
+        checkpoint.refuse("is an exported program, whose mode is built in; leave --stage-wise-epoch and "
+                          "--prune-warmup-epoch out")
+    if given & {"prune_warmup_epoch", "stage_wise_epoch"}:
+        epoch = max(checkpoint.settings().get("epoch") or 0, 0)
+        mode = apply_token_schedule(model, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
+    mean, std = checkpoint.statistics() or timm_statistics(model)
+    renormalize = Renormalize(mean, std)
+    machine.place(model)
+    if args.compile:
+        compile_module(model, machine.device.type, is_evo_name(args.model), frozen=True)
+    model, _ = machine.precision.prepare(model)
+    if renormalize.needed:
+        machine.say("Note: images are normalised as its training says, by mean {} and deviation {}".format(mean, std))
+        model = torch.nn.Sequential(machine.place(renormalize), model)
+    with frozen_weights(machine.device.type):
+        stats = evaluate(model, loader, machine, shared)
+    machine.say("Evaluated {} ({}, {}) on {} images of {}".format(
+        checkpoint.path, "averaged weights" if args.eval_ema else "weights", mode, stats["images"], args.data_set))
+    machine.say("Acc@1 {acc1:.3f}  Acc@5 {acc5:.3f}  loss {loss:.4f}  images/s {images_per_s:.1f}".format(**stats))
+    if stats["damaged"]:
+        machine.say("{} damaged images, named above, count as wrong".format(stats["damaged"]))
+    if stats["nonfinite"]:
+        raise RunFailed("the model's output is not finite for {} of {} images, which count as wrong; its weights or "
+            "their normalisation are damaged".format(stats["nonfinite"], stats["images"]))
+    if args.export_weights and machine.world.is_main:
+        save_export(restored.model, args, classes, mode, machine.say)
+    return restored.model
 
-    def say(text):
-        if world.is_main:
-            print(text, flush=True)
 
-    check_machine(args)
-    checkpoint, path = None, args.resume
+def save_export(model, args, classes, mode, say):
+    """`--export-weights`: the model's weights, with what is needed to run them."""
+    export_weights(model, args.export_weights, how_to_run(args, classes, mode, crop_pct(args.data_set,
+        args.input_size)))
+    say("The weights now lie in {}".format(args.export_weights))
+
+
+def open_checkpoint(args, say):
+    """What --resume names, and what --eval takes without it; None for a run from the start."""
     if args.eval and not args.resume:
-        args.resume = os.path.join(args.output_dir, "best_checkpoint.pth")
-        if not os.path.isfile(args.resume):
-            raise UserError("--eval: there is no {}; train first, or name a checkpoint with --resume FILE"
-                            .format(args.resume))
-    if args.resume == "auto" and not args.eval:
-        checkpoint, path = load_newest(args.output_dir, say)
+        best = os.path.join(args.output_dir, BEST)
+        if not os.path.isfile(best):
+            raise UserError("--eval: there is no {}; train first, or name a checkpoint with --resume FILE".format(best))
+        return load_checkpoint(best, "--resume")
+    if args.eval:
+        return open_trained(args.resume, "--resume")
+    if args.resume == "auto":
+        checkpoint = load_newest(args.output_dir, say)
         if checkpoint is None:
             say("--resume auto: {} holds no checkpoint yet, so training starts".format(args.output_dir))
-    elif args.resume:
-        checkpoint = load_checkpoint(args.resume, "--resume")
+        return checkpoint
+    return load_checkpoint(args.resume, "--resume") if args.resume else None
+
+
+def run(args, given):
+    """One run of the recipe as `args` say, of which the command line names `given`; returns the model. Raises what
+    errors.py lists."""
+    world = processes.read_world(args.local_rank, args.world_size)
+    check_machine(args)
+    say = Machine(torch.device("cpu"), world).say
     device = devices.select_device(args.device, world.local_rank, world.local_size, args.device_id, say)
     if device.type == "cpu":
         devices.keep_freed_memory()
     precision = build_precision(device, args.amp_backend, args.opt_level, args.loss_scale, args.amp_dtype)
+    channels_last = versions.prefers_channels_last(device.type) if args.channels_last is None else args.channels_last
+    machine, timeout = Machine(device, world, precision, channels_last), timedelta(minutes=args.dist_timeout)
+    processes.init_processes(world, device, args.dist_url, timeout)
+    agreement = Agreement(timeout)
+    checkpoint = same_for_all(lambda: open_checkpoint(args, say), agreement, say)
+    if checkpoint is not None:
+        checkpoint.name_ignored(say)
+    args = combine(args, given, checkpoint, family_defaults(args.model), say)
+    check_model_name(args.model)
+    args = argparse.Namespace(**dict(vars(args), input_size=args.input_size or default_input_size(args.model)))
     seed_everything(args.seed + world.rank)
-    distributed.init_processes(world, device, args.dist_url, timedelta(minutes=args.dist_timeout))
     if args.eval:
-        saved = saved_settings(checkpoint, args.resume, "--resume")
-        take_from_checkpoint(args, given, saved)
-        return evaluate_checkpoint(args, checkpoint, saved.get("epoch"), device, precision, world, say)
+        return evaluate_checkpoint(args, given, checkpoint, machine)
+    check_recipe(args)
     if args.write_teacher_labels:
-        return write_labels(args, device, precision, world, say)
-    return train(args, given, checkpoint, path, device, precision, world, say)
+        return write_labels(args, machine)
+    try:
+        return train(args, given, checkpoint, machine, agreement)
+    except NonFiniteLoss as error:
+        raise explained(error, args.output_dir, world.rank)
 
 
 def main(argv=None):
     """The command line; returns the trained or evaluated model."""
     args, given = parse_args(argv)
-    try:
-        return run(args, given)
-    except UserError as error:
-        tell_error("error: {}".format(error))
-        sys.exit(2)
-    except Stopped:
-        if is_first():
-            print("Stopped as asked; to go on: the same command with --resume auto", flush=True)
-        sys.exit(0)
-    except KeyboardInterrupt:  # training itself stops by way of Signals
-        if is_first():
-            print("Interrupted", file=sys.stderr)
-        sys.exit(130)
-    except NonFiniteLoss as error:
-        path = write_report(args.output_dir, error)
-        print("error: training stopped: {} in epoch {epoch}, update {update}, at learning rate {lr:.3g}, loss scale "
-              "{loss_scale}; {} names the files of the batch".format(error, path, **error.report), file=sys.stderr)
-        sys.exit(1)
-    except (TooManyDamagedImages, DamagedImage, SaveFailed) as error:
-        # of what a data loader's worker raised, the last line is the sentence, before it stands its traceback
-        tell_error("error: training stopped: {}".format(str(error).strip().split("\n")[-1]))
-        sys.exit(1)
-    finally:
-        distributed.close_processes()  # after the sentence: the others fail as soon as this one leaves
-
-
-def is_first():
-    return os.environ.get("RANK", "0") == "0"
-
-
-def tell_error(text):
-    """Prints `text` on standard error. As a rule all processes of a run meet the same error, and the launcher ends with the
-    first of them, most launchers with all others; so another one speaks only if both are still there three seconds later."""
-    if not is_first():
-        time.sleep(3)
-        if os.getppid() != LAUNCHER:
-            return
-        text = "process {}: {}".format(os.environ["RANK"], text)
-    print(text, file=sys.stderr, flush=True)
+    return command.run(lambda args: run(args, given), args, failing="training stopped: ")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,27 @@
-"""Shows which tokens an Evo-LeViT keeps: for each stage the picture with the other tokens dimmed and the global class attention
-as a heat map, with the five most probable classes, stage-wise and layer-wise. Writes a PNG for each picture and mode, and
-index.html with all of them in it.
+"""Shows which tokens an Evo-LeViT keeps: for each stage the picture with the other tokens dimmed and the global class
+attention as a heat map, with the five most probable classes, stage-wise and layer-wise. Writes a PNG for each picture
+and mode, and index.html with all of them in it.
 
 Without pictures, it shows validation pictures of the checkpoint's data set."""
 import os
 import re
 from typing import NamedTuple
 
-from runtime import tool  # first: it makes torchvision importable on a CPU-only PyTorch
+from runtime import command  # first: it makes torchvision importable on a CPU-only PyTorch
+
+# isort: split
 import numpy as np
 import torch
 
 from datasets import build_transform, validation_pictures
-from runtime import page
-from runtime.checkpoint import write_whole
 from runtime.errors import UserError
-from runtime.gallery import batches, find_pictures, read_pictures, to_batch
-from runtime.models import set_mode
-from runtime.restore import add_checkpoint_flags, restore_model
+from runtime.keeping.files import write_text, write_whole
+from runtime.keeping.restore import add_checkpoint_flags, restore_evo
+from runtime.learning.models import LAYER_WISE, STAGE_WISE, set_mode
+from runtime.pictures import page
+from runtime.pictures.gallery import batches, find_pictures, read_pictures, to_batch
 
-MODES = ("stage-wise", "layer-wise")
+MODES = (STAGE_WISE, LAYER_WISE)
 DIMMED = 0.25  # what is left of the brightness where a token is not kept
 BATCH = 16
 
@@ -33,24 +35,30 @@ class StageMap(NamedTuple):
 
 
 def get_args_parser():
-    parser = tool.Parser(prog="python visualize.py", description=__doc__, allow_abbrev=False)
+    parser = command.Parser(prog="python visualize.py", description=__doc__)
     add = parser.add_argument
-    add("paths", nargs="*", metavar="PICTURE_OR_FOLDER")
-    add_checkpoint_flags(add)
-    add("--data-path", "--data_path", default=None, metavar="DIR", help="the data set, where it is not where training found it")
-    add("--count", type=tool.positive, default=16, metavar="N", help="validation pictures to show, spread over all of them")
-    add("--output_dir", "--output-dir", default="save/tokens", metavar="DIR")
+    add("paths", nargs="*", type=command.path, metavar="PICTURE_OR_FOLDER",
+        help="picture files, and folders of them (default: validation pictures of the checkpoint's data set)")
+    add("--data-path", "--data_path", type=command.path, metavar="DIR",
+        help="the data set (default: where training found it)")
+    add("--count", type=command.positive, default=16, metavar="N",
+        help="validation pictures to show, spread over all of them")
+    add("--output_dir", "--output-dir", type=command.path, default="save/tokens", metavar="DIR",
+        help="where the pages go")
+    add_checkpoint_flags(parser, command.path, command.positive)
     return parser
 
 
 def _spread(values, cell, size):
-    """(n, n) values of tokens -> (size, size) values of pixels; a token stands for `cell` pixels a side, fewer at the end."""
+    """(n, n) values of tokens -> (size, size) values of pixels; a token stands for `cell` pixels a side, fewer at the
+    end."""
     return values.repeat(cell, axis=0).repeat(cell, axis=1)[:size, :size]
 
 
 @torch.no_grad()
 def stage_maps(model, images):
-    """Images (B, 3, H, H) -> ([the stages' StageMaps] for each image, logits (B, classes)), in the model's present mode."""
+    """Images (B, 3, H, H) -> ([the stages' StageMaps] for each image, logits (B, classes)), in the model's present
+    mode."""
     stages = model.forward_stages(images)
     maps = [[] for _ in images]
     for info, (_, state) in zip(model.feature_info, stages):
@@ -81,7 +89,8 @@ def draw(pixels, maps, guesses, title):
     for number, stage in enumerate(maps, 1):
         shown = np.where(stage.kept[..., None], pixels, pixels * DIMMED + 255 * (1 - DIMMED) * 0.5).astype(np.uint8)
         axes[0, number].imshow(shown)
-        axes[0, number].set_title("stage {}: {} of {} tokens kept".format(number, stage.kept_tokens, stage.tokens), fontsize=10)
+        axes[0, number].set_title("stage {}: {} of {} tokens kept".format(
+            number, stage.kept_tokens, stage.tokens), fontsize=10)
         axes[1, number].imshow(pixels.mean(axis=2), cmap="gray", vmin=0, vmax=255)
         axes[1, number].imshow(stage.attention, cmap="inferno", alpha=0.7)
         axes[1, number].set_title("attention after the stage", fontsize=10)
@@ -91,7 +100,7 @@ def draw(pixels, maps, guesses, title):
     bars.set_xlim(0, 1)
     bars.set_yticks([])
     for place, (name, probability) in zip(places, guesses):
-        bars.text(0.02, place, "{}  {:.1%}".format(name[:24], probability), va="center", fontsize=9)
+        bars.text(0.02, place, "{}  {:.1%}".format(page.printable(name)[:24], probability), va="center", fontsize=9)
     for side in ("top", "right", "left"):
         bars.spines[side].set_visible(False)
     figure.tight_layout()
@@ -99,13 +108,13 @@ def draw(pixels, maps, guesses, title):
 
 
 def draw_batch(restored, pictures):
-    """For each of the runtime.gallery.Pictures [(mode, its guesses [(class, probability)], PNG file's bytes)]."""
+    """For each of the gallery.Pictures [(mode, its guesses [(class, probability)], PNG file's bytes)]."""
     transform = build_transform(False, restored.data_set, restored.input_size)
     images = to_batch(pictures, transform)
     pixels = [transform(picture.image)[0].numpy() for picture in pictures]
     drawn = [[] for _ in pictures]
     for mode in MODES:
-        set_mode(restored.model, mode == "stage-wise")
+        set_mode(restored.model, mode)
         maps, logits = stage_maps(restored.model, images)
         best, places = (values.tolist() for values in logits.softmax(dim=1).topk(min(5, logits.shape[1]), dim=1))
         for number in range(len(pictures)):
@@ -127,8 +136,8 @@ def prepare_output_dir(folder):
 
 
 def run(args):
-    tool.need("visualize.py", "matplotlib")
-    restored = restore_model(args.resume, args.model, args.input_size)
+    command.need("visualize.py", "matplotlib")
+    restored = restore_evo(args.resume, args.model, args.input_size, average=args.eval_ema)
     pictures = read_pictures(find_pictures(args.paths)) if args.paths else \
         validation_pictures(restored.data_set, args.data_path or restored.data_path, restored.inat_category, args.count)
     prepare_output_dir(args.output_dir)
@@ -145,16 +154,17 @@ def run(args):
             shown += 1
     if not shown:
         raise UserError("there is no picture that can be read")
-    about = ("<p>{}, {} pixels, {} pictures. The checkpoint {} was last trained {}.</p><p>Above, what each stage's tokens stand for, "
-             "dimmed where they were not selected last; below, the global class attention after the stage, bright where it is "
-             "high.</p>").format(restored.name, restored.input_size, shown, page.text(args.resume), restored.mode)
+    about = ("<p>{}, {} pixels, {} pictures. The checkpoint {} was last trained {}.</p><p>Above, what each stage's "
+        "tokens stand for, dimmed where they were not selected last; below, the global class attention after the "
+        "stage, bright where it is high.</p>").format(restored.name, restored.input_size, shown, page.text(args.resume),
+         restored.mode)
     target = os.path.join(args.output_dir, "index.html")
-    write_whole(target, lambda f: f.write(page.page("Tokens that {} keeps".format(restored.name), about + "\n".join(body)).encode()))
+    write_text(target, page.page("Tokens that {} keeps".format(restored.name), about + "\n".join(body)))
     print("{} pictures; {} shows them all, the PNG files lie beside it".format(shown, target))
 
 
 def main(argv=None):
-    tool.run(run, get_args_parser().parse_args(argv))
+    command.run(run, get_args_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

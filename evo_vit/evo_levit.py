@@ -8,25 +8,18 @@ never share state.
 
 Parameter names are those of the reference implementation, so that its checkpoints load with strict=True.
 """
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .compat import Hardswish, attention, feature_extractor, register_model, top_places, trunc_normal_
+from .compat import Hardswish, trunc_normal_
 from .layers import BN_Linear, Conv2d_BN, Linear_BN, fuse_batch_norms
-
-PATCH_SIZE = 16  # the stem's four stride-2 convolutions
-MIN_SIZE = 64  # below this the last stage has no token left
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-class TokenState(NamedTuple):
-    """What travels beside the tokens from block to block. Patch tokens keep their places, row by row in the grid."""
-    score: Optional[torch.Tensor]  # (B, N) global class attention; None before the first attention
-    slow: Optional[torch.Tensor] = None  # (B, K) int64 places of the tokens selected last, best first; None: not in this stage
+from .model import EvoModel
+from .ops import attention, drop_path
+from .registry import PATCH_SIZE, register
+from .tokens import TokenState, put_back, take_slow
 
 
 class Mode(NamedTuple):
@@ -41,23 +34,24 @@ def _evolve(residuals, x, state, num_slow, learned):
     """Slow-fast updating (paper, section 3.3): runs `residuals` on the class token, the `num_slow` best patch tokens
     and the representative token; every other token receives the representative's residuals.
 
-    x is (B, 1 + N, C) and its tokens stay in their places: only the slow ones are read out and written back. Of equal
-    scores the first in the grid is taken (where PyTorch has a stable sort, 1.9 on).
+    x is (B, 1 + N, C) and its tokens stay in their places: only the slow ones are read out and written back.
     """
-    slow = top_places(state.score, num_slow)  # (B, K)
-    places = F.pad(slow + 1, (1, 0)).unsqueeze(-1).expand(-1, -1, x.shape[-1])  # the class token's place is 0
-
-    weight = state.score.scatter(1, slow, 0.0)
+    taken = take_slow(x, state.score, num_slow)
+    weight = state.score.scatter(1, taken.slow, 0.0)
     weight = weight / weight.sum(dim=1, keepdim=True)
-    representative = F.pad(weight, (1, 0)).unsqueeze(1) @ x  # (B, 1, C)
+    representative = F.pad(weight, (1, 0)).unsqueeze(1).to(x.dtype) @ x  # (B, 1, C)
 
-    tokens = torch.cat((x.gather(1, places), representative), dim=1)  # (B, 1 + K + 1, C)
-    score = state.score.gather(1, slow)
+    tokens, score = torch.cat((taken.tokens, representative), dim=1), taken.score  # (B, 1 + K + 1, C), (B, K)
     for residual in residuals:
         tokens, score = residual(tokens, score, learned)
     updated, evolved = tokens.split([1 + num_slow, 1], dim=1)
-    x = (x + (evolved - representative)).scatter(1, places, updated)
-    return x, TokenState(state.score.scatter(1, slow, score), slow)
+    return put_back(x + (evolved - representative), state.score, taken, updated, score)
+
+
+def _count_slow(x, keep_ratio):
+    """How many patch tokens of x (B, 1 + N, C) are slow: at least one, if another is left for the representative."""
+    num_patches = x.shape[1] - 1
+    return min(max(int(num_patches * keep_ratio), 1), num_patches - 1)
 
 
 def _update_all(residuals, x, state, mode):
@@ -111,10 +105,10 @@ class Attention(_ClassAttention):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, heads, T, 2 key + value)
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=3)
-        x, class_attn = attention(q, k, v, self.scale)  # (B, heads, T, value), (B, T)
+        x, class_attn = attention(q, k, v, self.scale)  # (B, heads, T, value), (B, heads, T)
 
         n = T - 1 if score is None else score.shape[1]
-        class_attn = class_attn[:, 1:1 + n]
+        class_attn = class_attn.mean(dim=1)[:, 1:1 + n]
         score = class_attn if score is None else self.blend(score, class_attn, learned)
         return self.proj(x.transpose(1, 2).reshape(B, T, -1)), score
 
@@ -134,7 +128,7 @@ class Subsample(nn.Module):
 
 
 class AttentionSubsample(_ClassAttention):
-    """The attention between two stages: queries from every second row and column, keys and values from the full grid."""
+    """The attention between two stages: queries from every second row and column, keys and values from all."""
 
     def __init__(self, in_dim, out_dim, key_dim, num_heads, resolution, attn_ratio=4):
         super().__init__(key_dim, num_heads, attn_ratio)
@@ -159,7 +153,7 @@ class AttentionSubsample(_ClassAttention):
         q = q.view(B, -1, self.num_heads, self.key_dim).transpose(1, 2)  # (B, heads, 1 + N', key)
         x, class_attn = attention(q, k, v, self.scale)
 
-        score, class_attn = subsample(torch.stack((state.score, class_attn[:, 1:]), dim=-1)).unbind(-1)
+        score, class_attn = subsample(torch.stack((state.score, class_attn.mean(dim=1)[:, 1:]), dim=-1)).unbind(-1)
         score = self.blend(score, class_attn, mode.learned)
         score = score * (state.score.sum(dim=1, keepdim=True) / score.sum(dim=1, keepdim=True))
         return self.proj(x.transpose(1, 2).reshape(B, q.shape[2], -1)), TokenState(score)
@@ -181,9 +175,8 @@ class Residual(nn.Module):
     def forward(self, x, score, learned):
         """x (B, T, C) and the scores (B, n) of its patch tokens, both updated."""
         out, score = self.branch(x, score, learned)
-        if self.training and self.drop > 0:
-            kept = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop
-            out = out * kept.to(out.dtype) / (1 - self.drop)
+        if self.training:
+            out = drop_path(out, self.drop)
         return x + out, score
 
 
@@ -197,17 +190,18 @@ class AttentionResidual(Residual):
 class EvoBlock(nn.Module):
     """One block of layer-wise execution: attention and MLP, on tokens selected anew where keep_ratio < 1."""
 
-    def __init__(self, m1, m2, keep_ratio):
+    def __init__(self, m1, m2, full, keep_ratio):
         super().__init__()
         self.m1 = m1
         self.m2 = m2
-        self.keep_ratio = keep_ratio
+        self.full = full  # keeps every token, whatever the model's keep ratio
+        self.keep_ratio = 1 if full else keep_ratio
 
     def forward(self, x, state, mode):
         residuals = (self.m1, self.m2)
         if self.keep_ratio == 1 or not mode.select:
             return _update_all(residuals, x, state, mode)
-        return _evolve(residuals, x, state, int((x.shape[1] - 1) * self.keep_ratio), mode.learned)
+        return _evolve(residuals, x, state, _count_slow(x, self.keep_ratio), mode.learned)
 
 
 class EvoStage(nn.Module):
@@ -219,9 +213,9 @@ class EvoStage(nn.Module):
         self.keep_ratio = keep_ratio
 
     def forward(self, x, state, mode):
-        if not mode.select:
+        if self.keep_ratio == 1 or not mode.select:
             return _update_all(self.m, x, state, mode)
-        return _evolve(self.m, x, state, int((x.shape[1] - 1) * self.keep_ratio), mode.learned)
+        return _evolve(self.m, x, state, _count_slow(x, self.keep_ratio), mode.learned)
 
 
 # --------------------------------------------------------------------------------------------- the model
@@ -240,7 +234,7 @@ def _mlp(dim, drop, ratio=2):
         Linear_BN(dim, dim * ratio), Hardswish(), Linear_BN(dim * ratio, dim, bn_weight_init=0)), drop)
 
 
-class EvoLeViT(nn.Module):
+class EvoLeViT(EvoModel):
     """Evo-LeViT classifier.
 
     Two execution modes share the weights: stage-wise (tokens selected once per stage) and layer-wise (in every
@@ -254,31 +248,26 @@ class EvoLeViT(nn.Module):
         drop_path_rate: share of images for which a residual branch is dropped in training.
         num_classes: 0 for no classifier (the output is then the mean patch token).
         distillation: build the distillation heads and the class-token heads.
-        img_size: side of the square input in pixels, or a pair of the same, as timm's scripts give it: a multiple of 16, at
-            least 64.
-        full_blocks: number of leading blocks that keep every token.
-        keep_ratio: share of patch tokens that go the slow way in every later block.
+        img_size: side of the square input in pixels, or a pair of the same, as timm's scripts give it: a multiple
+            of 16, at least 64.
+        full_blocks: number of leading blocks that keep every token, at least 1.
+        keep_ratio: share of patch tokens that go the slow way in every later block; set_keep_ratio changes it.
 
     Raises:
-        ValueError: unsupported `img_size`.
+        ValueError: unsupported `img_size`, `full_blocks` or `keep_ratio`.
     """
+
+    family = "Evo-LeViT"
+    min_size = 64  # below this the last stage has no token left
 
     def __init__(self, embed_dim, key_dim, num_heads, depth, drop_path_rate=0.0, num_classes=1000,
                  distillation=True, img_size=224, full_blocks=2, keep_ratio=0.5):
-        super().__init__()
-        img_size = square_side(img_size)
-        self.stage_wise = True
+        super().__init__(img_size, embed_dim[-1], distillation, full_blocks, keep_ratio)
         self.learn_tradeoff = True
-        self.token_selection = True
-        self.img_size = img_size
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = embed_dim[-1]
-        self.distillation = distillation
-        self.distilled_training = False
         self.feature_info = [dict(num_chs=dim, reduction=PATCH_SIZE << stage, module="stage_blocks.{}".format(stage))
                              for stage, dim in enumerate(embed_dim)]
 
-        resolution = img_size // PATCH_SIZE
+        resolution = self.img_size // PATCH_SIZE
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim[0]))
         self.poss = nn.Parameter(torch.zeros(1, resolution ** 2 + 1, embed_dim[0]))
         trunc_normal_(self.poss, std=0.02)
@@ -291,7 +280,7 @@ class EvoLeViT(nn.Module):
                 m1 = AttentionResidual(Attention(dim, key_dim, num_heads[stage]), drop_path_rate)
                 m2 = _mlp(dim, drop_path_rate)
                 full = stage == 0 and i < full_blocks
-                blocks.append(EvoBlock(m1, m2, 1 if full else keep_ratio))
+                blocks.append(EvoBlock(m1, m2, full, keep_ratio))
                 (stage_blocks if full else evolving).extend((m1, m2))
             if evolving:
                 stage_blocks.append(EvoStage(evolving, keep_ratio))
@@ -306,22 +295,20 @@ class EvoLeViT(nn.Module):
         self.stage_blocks = nn.ModuleList(stage_blocks)
         self.reset_classifier(num_classes)
 
-    # Switches; both modes run on the same weights.
-
-    def set_stage_wise(self, enabled):
-        """Select tokens once per stage (True, as built) or anew in every block (False)."""
-        self.stage_wise = bool(enabled)
+    # Switches.
 
     def set_learn_tradeoff(self, enabled):
         """Blend scores by each block's learned trade-off (True, as built) or by 0.5 (False)."""
         self.learn_tradeoff = bool(enabled)
 
-    def set_token_selection(self, enabled):
-        """Select tokens (True, as built) or update all of them in every block (False)."""
-        self.token_selection = bool(enabled)
+    def set_keep_ratio(self, ratio):
+        super().set_keep_ratio(ratio)
+        for block in self.modules():
+            if isinstance(block, EvoStage) or isinstance(block, EvoBlock) and not block.full:
+                block.keep_ratio = ratio
 
     def keep_ratios(self):
-        """For each stage the share of patch tokens that its blocks update slowly, averaged over them, as the switches are."""
+        """For each stage the share of patch tokens that go the slow way, averaged over its blocks, as now set."""
         ratios = [[]]
         for block in self.blocks:
             if isinstance(block, AttentionSubsample):
@@ -331,10 +318,6 @@ class EvoLeViT(nn.Module):
         return [sum(stage) / len(stage) for stage in ratios]
 
     # timm's model interface.
-
-    def set_distilled_training(self, enabled):
-        """In training, give all heads' logits (True), or what eval gives (False, as built)."""
-        self.distilled_training = bool(enabled)
 
     @torch.jit.ignore
     def no_weight_decay(self):
@@ -361,10 +344,7 @@ class EvoLeViT(nn.Module):
         `reduction`), at the bottom and the right edge for those that are left. In the TokenState, `score` is the global
         class attention of each and `slow` says which were selected last (None: the stage selects none).
         """
-        if tuple(x.shape[-2:]) != (self.img_size, self.img_size):
-            raise ValueError("this Evo-LeViT was built for {0} x {0} images and got {1} x {2}; "
-                             "build it with img_size set to the size of the images"
-                             .format(self.img_size, x.shape[-2], x.shape[-1]))
+        self.check_images(x)
         mode = Mode(self.token_selection, self.learn_tradeoff)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, C)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.poss
@@ -378,39 +358,6 @@ class EvoLeViT(nn.Module):
                 x, state = block(x, state, mode)
         return stages + [(x, state)]
 
-    def forward_tokens(self, x):
-        """Images (B, 3, H, H) -> (class token and patch tokens (B, 1 + N, C), TokenState of the patch tokens) of the last
-        stage."""
-        return self.forward_stages(x)[-1]
-
-    def forward_intermediates(self, x, indices=None, norm=False, stop_early=False, output_fmt="NCHW",
-                              intermediates_only=False):
-        """Images (B, 3, H, H) -> (class token and patch tokens of the last stage, [patch tokens of each stage]), as timm's
-        models give them.
-
-        indices: stages to return, all if None, the last n for a number n. output_fmt: "NCHW" (B, C, n, n) or "NLC"
-        (B, N, C). intermediates_only: return the list alone. norm and stop_early change nothing: there is no final norm,
-        and the last stage is the cheapest. Raises ValueError for another format or a stage that does not exist.
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError("output_fmt {!r} is neither NCHW nor NLC".format(output_fmt))
-        count = len(self.feature_info)
-        if indices is None:
-            indices = range(count)
-        elif isinstance(indices, int):
-            indices = range(count - indices, count)
-        if any(not -count <= index < count for index in indices):
-            raise ValueError("indices {}: the stages are 0 to {}".format(list(indices), count - 1))
-        stages = [tokens for tokens, _ in self.forward_stages(x)]
-        features = [stages[index][:, 1:] for index in indices]
-        if output_fmt == "NCHW":
-            features = [f.transpose(1, 2).reshape(f.shape[0], f.shape[2], int(f.shape[1] ** 0.5), -1) for f in features]
-        return features if intermediates_only else (stages[-1], features)
-
-    def forward_features(self, x):
-        """Images (B, 3, H, H) -> class token and patch tokens after the last block, (B, 1 + N, C)."""
-        return self.forward_tokens(x)[0]
-
     def forward_head(self, x, pre_logits=False):
         """Tokens (B, 1 + N, C) -> logits, as described at the class; `pre_logits`: the mean patch token (B, C)."""
         patch = x[:, 1:].mean(dim=1)
@@ -423,24 +370,10 @@ class EvoLeViT(nn.Module):
             return self.head(patch), self.head_dist(patch), self.head_cls(cls), self.head_cls_dist(cls)
         return (self.head(patch) + self.head_dist(patch)) / 2
 
-    def forward(self, x):
-        return self.forward_head(self.forward_features(x))
-
     def fuse(self):
         """Folds every batch norm into its neighbour, in place, for deployment in eval mode; returns the model."""
         fuse_batch_norms(self)
         return self
-
-
-def square_side(img_size):
-    """The side in pixels, of `img_size` as it is or of a (height, width). Raises ValueError, in one sentence, unless they are
-    equal, a multiple of 16 and at least 64."""
-    sides = set(img_size) if isinstance(img_size, (tuple, list)) else {img_size}
-    side = sides.pop()
-    if sides or side % PATCH_SIZE or side < MIN_SIZE:
-        raise ValueError("image size {} is not supported: Evo-LeViT takes squares of multiples of {} from {} up"
-                         .format(img_size, PATCH_SIZE, MIN_SIZE))
-    return side
 
 
 # --------------------------------------------------------------------------------------------- registration
@@ -456,41 +389,10 @@ _VARIANTS = {
 }
 
 
-def _default_cfg(img_size):
-    return dict(url="", num_classes=1000, input_size=(3, img_size, img_size), pool_size=None, crop_pct=224 / 256,
-                interpolation="bicubic", fixed_input_size=True, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                first_conv="patch_embed.0.c", classifier=("head.l", "head_dist.l"))
-
-
-_FIXED = {"in_chans": 3, "drop_rate": 0.0, "global_pool": "avg"}  # what timm's scripts ask every model for
-default_cfgs = {}  # timm's registry reads this table
-
-
 def _register(name, variant, default_size):
     """Registers `variant` with timm under `name`."""
-    cfg = default_cfgs[name] = _default_cfg(default_size)
-
-    def build(pretrained=False, num_classes=1000, distillation=True, drop_path_rate=None, img_size=None,
-              features_only=False, out_indices=(0, 1, 2), **kwargs):
-        for timm_only in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-            kwargs.pop(timm_only, None)
-        for option, value in _FIXED.items():
-            if kwargs.pop(option, value) != value:
-                raise ValueError("{} of {} is {} and cannot be changed".format(option, name, value))
-        if pretrained:
-            raise RuntimeError("no weights of {} are published at a fixed address; "
-                               "load a checkpoint file instead (checkpoint_path=...)".format(name))
-        config = dict(variant, num_classes=num_classes, distillation=distillation, img_size=img_size or default_size)
-        if drop_path_rate is not None:
-            config["drop_path_rate"] = drop_path_rate
-        model = EvoLeViT(**config, **kwargs)
-        model.default_cfg = model.pretrained_cfg = dict(
-            cfg, architecture=name, num_classes=num_classes, input_size=(3, model.img_size, model.img_size))
-        return feature_extractor(model, out_indices) if features_only else model
-
-    build.__name__ = build.__qualname__ = name
-    build.__doc__ = "{} at {} pixels; keyword arguments as EvoLeViT's.".format(name, default_size)
-    globals()[name] = register_model(build)
+    register(EvoLeViT, name, variant, default_size, crop_pct=224 / 256, first_conv="patch_embed.0.c",
+             classifier=("head.l", "head_dist.l"))
 
 
 for _name, _variant in _VARIANTS.items():

@@ -2,7 +2,8 @@
 import torch
 from torch import nn
 
-from .compat import linear, trunc_normal_
+from .compat import trunc_normal_
+from .ops import linear
 
 
 def bn_scale_shift(bn):
@@ -76,7 +77,8 @@ class BN_Linear(nn.Sequential):
     def fuse(self):
         """The single nn.Linear that equals this pair in eval mode, in the same dtype."""
         scale, shift = bn_scale_shift(self.bn)
-        return _filled(nn.Linear(self.l.in_features, self.l.out_features), self.l.weight * scale[None, :], self.l.weight @ shift + self.l.bias)
+        return _filled(nn.Linear(self.l.in_features, self.l.out_features),
+                       self.l.weight * scale[None, :], self.l.weight @ shift + self.l.bias)
 
 
 def fuse_batch_norms(module):

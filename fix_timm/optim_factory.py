@@ -69,7 +69,8 @@ def npu_fused_adamw(sources=("apex.optimizers", "torch_npu.optim")):
 
 
 def add_weight_decay(model, weight_decay=1e-5, skip_list=()):
-    """Two parameter groups: biases, other 1-D parameters and those named in `skip_list` without decay, the rest with."""
+    """Two parameter groups: biases, other 1-D parameters and those named in `skip_list` without decay, the rest
+    with."""
     groups = {False: [], True: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -53,7 +53,7 @@ cd "$root"
 # The device, in the first line; too few cards end here, before anything is moved or written.
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0  # main.py imports torch_npu itself
 flags=("$@")
-device=$("$python" -m runtime.device "$nproc" "$device_id" ${flags[@]+"${flags[@]}"}) || exit $?
+device=$("$python" -m runtime.machine.devices "$nproc" "$device_id" ${flags[@]+"${flags[@]}"}) || exit $?
 echo "$device"
 
 log_dir=test/output/$device_id

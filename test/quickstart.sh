@@ -29,6 +29,6 @@ echo "== 3/4 evaluation: python main.py --eval"
 "$python" main.py --eval --device cpu
 echo "== 4/4 pages to look at: the kept tokens, the curves"
 "$python" visualize.py
-"$python" -m runtime.report save save/teacher
-"$python" -m runtime.table teacher=save/teacher student=save
+"$python" report.py save save/teacher
+"$python" -m runtime.keeping.table teacher=save/teacher student=save
 echo "minutes: $(( (SECONDS - start) / 60 )):$(printf %02d $(( (SECONDS - start) % 60 ))) after installation"

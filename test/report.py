@@ -1,6 +1,6 @@
 """Prints a finished run's figures as ModelZoo's scripts do and writes them to FOLDER/<CaseName>.log.
 
-python test/report.py SUMMARY_JSON FOLDER NETWORK KIND SECONDS, where KIND is acc or perf and SECONDS the whole duration.
+python test/report.py SUMMARY_JSON FOLDER NETWORK KIND SECONDS, where KIND is acc or perf and SECONDS the duration.
 """
 import json
 import os

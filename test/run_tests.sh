@@ -1,19 +1,28 @@
 #!/usr/bin/env bash
 # Runs the tests in a virtual environment of their own.
-# bash test/run_tests.sh [--line 1.5|1.8|current] [--slow] [pytest arguments]      --slow: those that take minutes, too
+# bash test/run_tests.sh [--line 1.5|1.8|current|all] [--slow | --share] [pytest arguments]
+#   --line   one version line, the current one if not given; on the older ones without the tests that no line can change
+#   --slow   all tests, also those that take minutes, and on the older lines those that no line can change
+#   --share  the default ones and the few slow ones that every change has to pass
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . test/venv.sh
-line=current
-which=(-m "not slow")
+line=current which=default
 while [ $# -gt 0 ]; do
     case "$1" in
-        --line) line=${2:?error: --line needs one of 1.5, 1.8, current}; shift 2 ;;
+        --line) line=${2:?error: --line needs one of 1.5, 1.8, current, all}; shift 2 ;;
         --line=*) line=${1#*=}; shift ;;
-        --slow) which=(); shift ;;
+        --slow) which=slow; shift ;;
+        --share) which=share; shift ;;
         *) break ;;
     esac
 done
+if [ "$line" = all ]; then
+    for one in 1.5 1.8 current; do
+        bash "$0" --line "$one" $([ "$which" = default ] || echo "--$which") "$@"
+    done
+    exit
+fi
 # The pages are opened in a real browser. Root on Debian gets it installed, others are told.
 install_chromium() {
     if command -v chromedriver >/dev/null; then
@@ -29,8 +38,21 @@ install_chromium() {
     echo "note: there is no Chromium with its driver, so the tests of the pages are skipped" \
         "(Debian: apt-get install chromium chromium-driver)"
 }
+once=""
 if [ "$line" = current ]; then
     install_chromium
+else
+    once=" and not once"
 fi
 make_venv ".venv-test-$line" "$line" test/unit/requirements.txt
-exec ".venv-test-$line/bin/python" -m pytest ${which[@]+"${which[@]}"} "$@"
+case "$which" in
+    default) marks=(-m "not slow$once") ;;
+    share) marks=(-m "(not slow or share)$once") ;;
+    slow) marks=() ;;
+esac
+# As many tests at a time as there are cores, up to four, each with one thread. OpenMP's threads sleep while they wait: where
+# those of two processes spin, they slow one another down many times over.
+cores=$(getconf _NPROCESSORS_ONLN)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+marks+=(-n $((cores < 4 ? cores : 4)) --dist worksteal)
+exec ".venv-test-$line/bin/python" -m pytest ${marks[@]+"${marks[@]}"} "$@"

@@ -1,14 +1,11 @@
 # Sourced by quickstart.sh and run_tests.sh: make_venv DIR LINE [REQUIREMENTS] makes or updates the virtual environment
-# of a version line (1.5, 1.8 or current). On a server PyTorch comes from its vendor; here the line's own is installed.
+# of a version line (evo_vit/lines.py). On a server PyTorch comes from its vendor; here the line's own is installed.
 
-# line_needs LINE: sets $pythons (accepted interpreters, best first), $torch and $requirements.
+# line_needs LINE: sets $pythons (accepted interpreters, best first), $torch and $requirements, by the table of lines.
 line_needs() {
-    case "$1" in
-        1.5) pythons="3.7" torch="torch==1.5.1" requirements=1.5_requirements.txt ;;
-        1.8) pythons="3.7 3.8" torch="torch==1.8.1" requirements=1.8_requirements.txt ;;
-        current) pythons="3.11 3.12 3.13 3.10" torch="" requirements=requirements.txt ;;
-        *) echo "error: --line $1: the lines are 1.5, 1.8 and current" >&2; exit 2 ;;
-    esac
+    local needs
+    needs=$("${PYTHON:-python3}" evo_vit/lines.py "$1") || exit $?
+    eval "$needs"
 }
 
 # is_python COMMAND VERSION: whether COMMAND runs and is that Python.

@@ -1,20 +1,59 @@
 """main.py as its users run it, at a size that tests can afford, and real pictures to run it on."""
+import atexit
 import importlib.util
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 
 import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 MAIN = os.path.join(ROOT, "main.py")
+UNIT = os.path.join(ROOT, "test", "unit")
 SMALL = ["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--batch-size", "32"]
 
-# For what takes half a minute and behaves alike on all lines: CI runs the slow tests on the current line, and all others on all.
+# For what takes half a minute and behaves alike on all lines: CI runs the slow tests on the current line, and all
+# others on all.
 slow_on_the_current_line = pytest.mark.slow if hasattr(torch, "compile") else lambda test: test
+
+
+# what may differ from this process's environment in a fork of the zygote, which has imported everything already
+_IN_FORKS = {"OMP_NUM_THREADS", "TORCH_HOME", "no_proxy"}
+_SCRIPTS = {os.path.join(ROOT, name + ".py"): name for name in ("main", "benchmark")}
+
+
+class _Zygote:
+    """Runs main.py and benchmark.py as commands (zygote.py); one for all tests."""
+
+    process = None
+
+    def run(self, module, argv, cwd, env, timeout):
+        if self.process is None or self.process.poll() is not None:
+            self.process = subprocess.Popen(
+                [sys.executable, os.path.join(UNIT, "zygote.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                universal_newlines=True, env=dict(env, PYTHONPATH=os.pathsep.join([ROOT, UNIT])))
+            atexit.register(self.process.kill)
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = (os.path.join(folder, name) for name in ("out", "err"))
+            self.process.stdin.write(json.dumps(dict(module=module, argv=argv, cwd=cwd, env=env, out=out, err=err))
+                + "\n")
+            self.process.stdin.flush()
+            watchdog = threading.Timer(timeout, self.process.kill)
+            watchdog.start()
+            answer = self.process.stdout.readline()
+            watchdog.cancel()
+            texts = [open(name, errors="replace").read() if os.path.exists(name) else "" for name in (out, err)]
+        assert answer, "{} {} took more than {} seconds\n{}".format(module, argv, timeout, "".join(texts))
+        return (int(answer),) + tuple(texts)
+
+
+_zygote = _Zygote()
 
 
 def run(command, cwd=ROOT, env=(), timeout=500):
@@ -22,9 +61,20 @@ def run(command, cwd=ROOT, env=(), timeout=500):
     evo_vit set in its environment, with those of `env`."""
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCH_DEVICE_BACKEND_AUTOLOAD")
     base = {k: v for k, v in os.environ.items() if k not in ours}
-    result = subprocess.run([str(word) for word in command], cwd=str(cwd), env=dict(base, **dict(env)), stdout=subprocess.PIPE,
+    command, env = [str(word) for word in command], dict(env)
+    if command[0] == sys.executable and command[1] in _SCRIPTS and set(env) <= _IN_FORKS:
+        return _zygote.run(_SCRIPTS[command[1]], command[2:], str(cwd), dict(base, **env), timeout)
+    result = subprocess.run(command, cwd=str(cwd), env=dict(base, **env), stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout)
     return result.returncode, result.stdout, result.stderr
+
+
+def helper(name, *arguments, **kwargs):
+    """run() of test/unit/NAME.py, a script that imports the project; `launch`: what starts it."""
+    env = dict(kwargs.pop("env", {}))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), ROOT, UNIT]))
+    launch = kwargs.pop("launch", [sys.executable])
+    return run(launch + [os.path.join(UNIT, name + ".py")] + list(arguments), env=env, **kwargs)
 
 
 def succeed(*flags, **kwargs):
@@ -52,7 +102,8 @@ def launchers(processes):
 
 def copy_package(folder):
     """What `pip install .` builds from, copied to `folder`, so that the build leaves nothing in the repository."""
-    shutil.copytree(os.path.join(ROOT, "evo_vit"), str(folder / "evo_vit"), ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(os.path.join(ROOT, "evo_vit"), str(folder / "evo_vit"),
+                    ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(os.path.join(ROOT, name), str(folder))
     return folder

@@ -1,20 +1,16 @@
-import os
-import sys
+import commands
 
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-sys.path.insert(0, ROOT)
+import evo_vit  # noqa: F401  (before timm and torchvision)
 
-import evo_vit  # noqa: E402,F401  (first: it makes torchvision importable on a CPU-only PyTorch)
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-import commands  # noqa: E402
+# isort: split
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    """The same thread count in every test, whatever ran before."""
-    torch.set_num_threads(2)
+def one_thread():
+    """The same thread count in every test, whatever ran before; as many tests run at a time as there are cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

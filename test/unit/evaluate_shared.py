@@ -4,16 +4,17 @@ import os
 import socket
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+import evo_vit  # noqa: F401  (before timm and torchvision)
 
-import evo_vit  # noqa: E402,F401
-import torch  # noqa: E402
+# isort: split
+import torch
+from reference import build
 
-from datasets import ShardSampler  # noqa: E402
-from engine import evaluate  # noqa: E402
-from reference import build  # noqa: E402
-from runtime.distributed import World, close_processes, init_processes  # noqa: E402
-from runtime.pictures import EvaluationView, collate  # noqa: E402
+from engine import evaluate
+from runtime.machine.machine import Machine
+from runtime.machine.processes import World, close_processes, init_processes
+from runtime.pictures.batches import EvaluationView, collate
+from samplers import ShardSampler
 
 
 def result(rank, size):
@@ -27,7 +28,7 @@ def result(rank, size):
     sampler = ShardSampler(view, rank, size) if size > 1 else None
     loader = torch.utils.data.DataLoader(view, batch_size=7, sampler=sampler, collate_fn=collate)
     model = build("EvoLeViT_128S", gain=0.8, num_classes=10, img_size=64).float()
-    stats = evaluate(loader, model, torch.device("cpu"), size > 1, show=False)
+    stats = evaluate(model, loader, Machine(torch.device("cpu"), world), size > 1)
     close_processes()
     return stats
 

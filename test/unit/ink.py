@@ -1,19 +1,17 @@
-"""python test/unit/ink.py CHECKPOINT: whether an Evo-LeViT that was trained on DIGITS (test/quickstart.sh: save/best_checkpoint.pth)
-keeps the tokens that the strokes lie on. For each stage and mode, over all validation pictures: the share of ink in the pixels of the
-kept tokens and in all pixels; and the share of tokens on ink, those with ink on a quarter of their pixels, among the kept and among all."""
-import os
+"""python test/unit/ink.py CHECKPOINT: whether an Evo-LeViT that was trained on DIGITS (test/quickstart.sh:
+save/best_checkpoint.pth) keeps the tokens that the strokes lie on. For each stage and mode, over all validation
+pictures: the share of ink in the pixels of the kept tokens and in all pixels; and the share of tokens on ink, those
+with ink on a quarter of their pixels, among the kept and among all."""
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+import numpy as np
 
-from runtime import tool  # noqa: E402,F401  (first: it makes torchvision importable on a CPU-only PyTorch)
-import numpy as np  # noqa: E402
-
-from datasets import build_transform, validation_pictures  # noqa: E402
-from runtime.gallery import batches, to_batch  # noqa: E402
-from runtime.models import set_mode  # noqa: E402
-from runtime.restore import restore_model  # noqa: E402
-from visualize import MODES, stage_maps  # noqa: E402
+from datasets import build_transform, validation_pictures
+from runtime import command  # noqa: F401  (first: it makes torchvision importable on a CPU-only PyTorch)
+from runtime.keeping.restore import restore_evo
+from runtime.learning.models import set_mode
+from runtime.pictures.gallery import batches, to_batch
+from visualize import MODES, stage_maps
 
 INK = 128  # grey value from which a pixel is ink
 ON_INK = 0.25
@@ -37,7 +35,7 @@ def measure(restored, count):
         images = to_batch(batch, transform)
         pixels = [transform(picture.image)[0].numpy().mean(axis=2) for picture in batch]
         for mode in MODES:
-            set_mode(restored.model, mode == "stage-wise")
+            set_mode(restored.model, mode)
             for grey, maps in zip(pixels, stage_maps(restored.model, images)[0]):
                 ink = grey >= INK
                 for number, (stage, info) in enumerate(zip(maps, restored.model.feature_info), 1):
@@ -51,7 +49,7 @@ def measure(restored, count):
 
 def main(checkpoint, count=10 ** 6):
     print("mode        stage  tokens kept  ink in kept  ink in all  kept on ink  all on ink")
-    for (mode, stage), s in sorted(measure(restore_model(checkpoint), int(count)).items(), reverse=True):
+    for (mode, stage), s in sorted(measure(restore_evo(checkpoint), int(count)).items(), reverse=True):
         print("{:10}  {:5}  {:11.1%}  {:11.1%}  {:10.1%}  {:11.1%}  {:10.1%}".format(
             mode, stage, s[5] / s[7], s[0] / max(s[1], 1), s[2] / s[3], s[4] / max(s[5], 1), s[6] / s[7]))
 

@@ -1,4 +1,5 @@
-"""For test_npu.py, with the double on PYTHONPATH: trains a few steps by engine.train_step on a device and prints JSON.
+"""For test_npu.py, with the double on PYTHONPATH: trains a few steps by engine.Learner.update on a device and prints
+JSON.
 
 python npu_steps.py DEVICE AMP_BACKEND OPT_LEVEL LOSS_SCALE [OVERFLOW_STEP]      "-" for a flag that is not given
 
@@ -6,25 +7,25 @@ Steps 0 to 2 run layer-wise, 3 and 4 stage-wise; a teacher labels the images. At
 1e30, so that gradients in fp16 overflow while the loss does not.
 """
 import json
-import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+import evo_vit  # noqa: F401  (before timm and torchvision)
 
-import evo_vit  # noqa: E402,F401
-import torch  # noqa: E402
-from timm.loss import SoftTargetCrossEntropy  # noqa: E402
+# isort: split
+import torch
+from reference import fill, images
+from timm.loss import SoftTargetCrossEntropy
 
-from engine import train_step  # noqa: E402
-from fix_timm.mixup import mixup_target  # noqa: E402
-from losses import DistillationLoss  # noqa: E402
-from main import get_args_parser  # noqa: E402
-from reference import fill, images  # noqa: E402
-from runtime.device import select_device  # noqa: E402
-from runtime.ema import ModelEma  # noqa: E402
-from runtime.models import apply_token_schedule, build_model  # noqa: E402
-from runtime.optimizer import build_optimizer  # noqa: E402
-from runtime.precision import build_precision, parse_loss_scale  # noqa: E402
+from engine import Learner
+from fix_timm.mixup import mixup_target
+from flags import get_args_parser
+from losses import DistillationLoss
+from runtime.learning.average import ModelEma
+from runtime.learning.models import apply_token_schedule, build_model
+from runtime.learning.optimizer import build_optimizer
+from runtime.machine.devices import select_device
+from runtime.machine.machine import Machine
+from runtime.machine.precision import build_precision, parse_loss_scale
 
 STEPS, SWITCH, BATCH = 5, 3, 8
 
@@ -43,7 +44,7 @@ class Exploding:
 
 
 def main(device_name, amp_backend, opt_level, loss_scale, overflow_step=None):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     device = select_device(device_name)
     precision = build_precision(device, amp_backend, None if opt_level == "-" else opt_level,
                                 None if loss_scale == "-" else parse_loss_scale(loss_scale))
@@ -59,6 +60,9 @@ def main(device_name, amp_backend, opt_level, loss_scale, overflow_step=None):
     model, optimizer = precision.prepare(model, optimizer, teacher)
     criterion = Exploding(DistillationLoss(SoftTargetCrossEntropy(), teacher, "cls", 0.5, 1.0))
 
+    learner = Learner(model, criterion, optimizer, Machine(device, precision=precision), args.clip_grad, args.clip_mode,
+         model_ema)
+
     double = sys.modules.get("torch_npu") and sys.modules["torch_npu"].double
     report = {"precision": precision.name, "optimizer": type(optimizer).__module__, "losses": [], "scales": [],
               "weights": [], "gradients": [], "syncs": [], "to_host": [], "operators": []}
@@ -69,8 +73,7 @@ def main(device_name, amp_backend, opt_level, loss_scale, overflow_step=None):
         labels = mixup_target(torch.arange(BATCH).to(device), 10, 0.7, 0.1)
         if double:
             double.reset_counts()
-        report["losses"].append(train_step(model, criterion, [(samples, labels, None)], optimizer, args.clip_grad,
-                                           args.clip_mode, model_ema, precision))
+        report["losses"].append(learner.update([(samples, labels, None)]))
         if double:
             counts = double.counts()
             report["syncs"].append(counts["syncs"])

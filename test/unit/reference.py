@@ -3,7 +3,9 @@ import json
 import os
 import zlib
 
-import evo_vit  # noqa: F401
+import evo_vit  # noqa: F401  (before timm and torchvision)
+
+# isort: split
 import numpy as np
 import timm
 import torch
@@ -20,35 +22,38 @@ def load_arrays(name):
     return np.load(os.path.join(DATA, name + ".npz"))
 
 
-def draw(name, shape, gain=1.25):
+def draw(name, shape, gain=1.25, qk_gain=None):
+    """The value of the tensor `name`; `qk_gain` is the gain of Evo-DeiT's queries and keys."""
     g = np.random.RandomState(zlib.crc32(name.encode("utf-8"))).standard_normal(shape)
     last = name.split(".")[-1]
     if ".bn." in name:
         return {"weight": 1 + 0.1 * g, "bias": 0.1 * g, "running_mean": 0.1 * g,
                 "running_var": 1 + 0.1 * np.abs(g)}[last]
+    if "norm" in name:
+        return {"weight": 1 + 0.1 * g, "bias": 0.1 * g}[last]
     if last == "learn_tradeoff":
         return 0.3 * g
-    if last in ("poss", "cls_token"):
+    if last in ("poss", "pos_embed", "cls_token"):
         return 0.2 * g
     if last == "bias":
         return 0.1 * g
-    return gain * g / np.sqrt(np.prod(shape[1:]))
+    return (qk_gain if name.startswith("qks.") else gain) * g / np.sqrt(np.prod(shape[1:]))
 
 
 @torch.no_grad()
-def fill(model, gain=1.25):
+def fill(model, gain=1.25, qk_gain=None):
     """Draws every tensor of `model` from its own name."""
     for tensors in (model.named_parameters(), model.named_buffers()):
         for name, tensor in tensors:
             if not name.endswith("num_batches_tracked"):
-                tensor.copy_(torch.as_tensor(draw(name, tuple(tensor.shape), gain)))
+                tensor.copy_(torch.as_tensor(draw(name, tuple(tensor.shape), gain, qk_gain)))
 
 
-def build(name, gain=1.25, **kwargs):
+def build(name, gain=1.25, qk_gain=None, **kwargs):
     """The named model in float64 with the reference weights, drop path off."""
     model = timm.create_model(name, distillation=True, drop_path_rate=0.0, **kwargs).double()
     model.set_distilled_training(True)
-    fill(model, gain)
+    fill(model, gain, qk_gain)
     return model
 
 

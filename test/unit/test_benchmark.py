@@ -2,11 +2,14 @@
 import json
 import sys
 
+import commands
 import pytest
 
 import benchmark
-import commands
-from evo_vit import compat
+from runtime.machine.compiling import can_compile
+from runtime.machine.versions import has_autocast
+
+pytestmark = pytest.mark.once
 
 BENCHMARK = [sys.executable, commands.ROOT + "/benchmark.py"]
 QUICK = ["--device", "cpu", "--rounds", "2", "--seconds", "0.01", "--batch-size", "2"]
@@ -34,12 +37,15 @@ def test_inference_compares_contenders_at_every_batch_and_size(tmp_path):
     assert out.count("| EvoLeViT_128S,plain |") == 4 and "GFLOP/s" in out
 
 
+@pytest.mark.slow
 def test_training_step_memory_and_breakdown(tmp_path):
     train = ["train", "--input-size", 64, "--compare"]
-    report, _ = measure(tmp_path, *train + ["EvoLeViT_128S,plain,teacher=regnety_002", "EvoLeViT_128S,stored", "--memory"])
+    report, _ = measure(tmp_path, *train + \
+                        ["EvoLeViT_128S,plain,teacher=regnety_002", "EvoLeViT_128S,stored", "--memory"])
     plain, stored = report["rows"]
     assert all(100 < row["peak_memory_mb"] < 4000 for row in report["rows"])
-    report, _ = measure(tmp_path, *train + ["EvoLeViT_128S,teacher=regnety_002,teacher-size=32", "EvoLeViT_128S,teacher=none"])
+    report, _ = measure(tmp_path, *train + \
+                        ["EvoLeViT_128S,teacher=regnety_002,teacher-size=32", "EvoLeViT_128S,teacher=none"])
     small, none = report["rows"]
     assert plain["gflops"] > small["gflops"] > stored["gflops"] == none["gflops"]
     report, _ = measure(tmp_path, "breakdown", "--input-size", 64, "--compare", "EvoLeViT_128S,teacher=regnety_002")
@@ -50,16 +56,29 @@ def test_training_step_memory_and_breakdown(tmp_path):
 
 
 def test_loader_makes_the_pictures_of_either_pipeline(tmp_path):
-    report, _ = measure(tmp_path, "loader", "--input-size", 64, "--photo-size", 160, 120, "--compare", "plain", "recipe",
-                        "recipe,normalized", "recipe,once,draft")
+    report, _ = measure(tmp_path, "loader", "--input-size", 64, "--photo-size", 160, 120,
+                        "--compare", "plain", "recipe", "recipe,normalized", "recipe,once,draft")
     assert [row["contender"] for row in report["rows"]] == ["plain", "recipe", "recipe,normalized", "recipe,once,draft"]
     assert all(row["gflops"] is None and row["images_per_s"] > 0 for row in report["rows"])
 
 
-@pytest.mark.skipif(not compat.has_autocast("cpu"), reason="this PyTorch has no mixed precision on a CPU")
+@pytest.mark.skipif(not has_autocast("cpu"), reason="this PyTorch has no mixed precision on a CPU")
 def test_flags_hold_for_every_contender(tmp_path):
     report, _ = measure(tmp_path, "inference", "--input-size", 64, "--amp", "--fuse", "--compare", "EvoLeViT_128S")
     assert report["rows"][0]["contender"] == "EvoLeViT_128S,amp,fuse"
+
+
+def test_one_set_of_weights_at_many_speeds(tmp_path, student):
+    """The trade between speed and accuracy, from one command."""
+    path = student[0] + "/checkpoint.pth"
+    report, out = measure(tmp_path, "inference", "--input-size", 96, "--keep-ratio", 1, 0.5, 0.2, "--compare",
+         "EvoLeViT_128S,fuse", "--resume", path, "--plot", tmp_path / "curve.html")
+    rows = report["rows"]
+    assert [row["keep_ratio"] for row in rows] == [1, 0.5, 0.2] and {row["model"]
+        for row in rows} == {"EvoLeViT_128S,fuse"}
+    assert rows[0]["gflops"] > rows[1]["gflops"] > rows[2]["gflops"] and all(0 <= row["acc1"] <= 100 for row in rows)
+    html = (tmp_path / "curve.html").read_text()
+    assert "Accuracy over images/s" in html and html.count("<tr>") == 4 and "shows the curve" in out
 
 
 @pytest.mark.parametrize("flags,sentence", [
@@ -68,11 +87,15 @@ def test_flags_hold_for_every_contender(tmp_path):
     (["inference", "--compare", "regnety_002,plain"], "only Evo-LeViT"),
     (["inference", "--compare", "EvoLeViT_128S", "--input-size", "100"], "multiples of 16"),
     (["loader", "--compare", "mine"], "a loader is plain or recipe"),
+    (["loader", "--keep-ratio", "0.5"], "--keep-ratio is for inference and train"),
+    (["inference", "--plot", "x.html"], "need --keep-ratio"),
+    (["inference", "--keep-ratio", "1.5"], "keep=SHARE is above 0 and at most 1"),
+    (["inference", "--compare", "regnety_002,keep=0.5"], "only Evo-LeViT and Evo-DeiT"),
     (["train", "--compare", "EvoLeViT_128S,teacher=regnet_y"], "there is no such model"),
     (["train", "--compare", "EvoLeViT_128S,teacher-size=big"], "teacher-size"),
     (["breakdown", "--compare", "EvoLeViT_128S,plain,teacher=none"], "recipe's own step"),
     (["breakdown", "--compare", "EvoLeViT_128S,teacher=none", "--compile"],
-     "own step, not compiled" if compat.can_compile() else "compile needs PyTorch 2.2 or newer"),
+     "own step, not compiled" if can_compile() else "compile needs PyTorch 2.2 or newer"),
     (["inference", "--rounds", "0"], "0 is not a positive whole number"),
     (["inference", "--batch-size", "big"], "big is not a positive whole number")])
 def test_mistakes_end_in_one_sentence(flags, sentence, capsys):

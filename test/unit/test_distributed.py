@@ -5,24 +5,24 @@ import json
 import os
 import sys
 
+import commands
 import pytest
 import torch
+from reference import build, images, load_json
 from timm.loss import SoftTargetCrossEntropy
 
-import commands
-from engine import train_step
+from engine import Learner
 from losses import DistillationLoss
-from reference import build, images, load_json
-from runtime.distributed import parameters_without_gradient
-
-HERE = os.path.dirname(os.path.abspath(__file__))
+from runtime.learning.models import parameters_without_gradient
+from runtime.machine.machine import Machine
 
 
-def test_two_processes_stay_identical_and_equal_one_that_averages_both_halves(tmp_path):
-    script = os.path.join(HERE, "equivalence.py")
+@pytest.mark.parametrize("drop_path", [0.0, 0.1])
+def test_two_processes_stay_identical_and_equal_one_that_averages_both_halves(drop_path, tmp_path):
+    """With drop path, too: one process that accumulates draws what each of as many processes would."""
     env_launcher = [command for name, command in commands.launchers(2).items() if name != "launch"][0]
-    for command in (env_launcher + [script, tmp_path / "two", 2], [sys.executable, script, tmp_path / "one", 4]):
-        code, out, err = commands.run(command)
+    for launch, name, steps in ((env_launcher, "two", 2), ([sys.executable], "one", 4)):
+        code, out, err = commands.helper("equivalence", tmp_path / name, steps, drop_path, launch=launch)
         assert code == 0, out + err
     a, b, one = (torch.load(str(tmp_path / name)) for name in ("two.0", "two.1", "one.0"))
     assert a and all(torch.equal(a[k], b[k]) for k in a)
@@ -56,7 +56,8 @@ def test_four_accumulated_batches_of_8_equal_one_of_32_in_eval_mode_batch_norm()
             if isinstance(layer, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
                 layer.eval()
         optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3)
-        losses.append(train_step(m, criterion, list(zip(x.split(size), soft.split(size), itertools.repeat(None))), optimizer, 0.01))
+        losses.append(Learner(m, criterion, optimizer, Machine(torch.device("cpu")), 0.01).update(
+            list(zip(x.split(size), soft.split(size), itertools.repeat(None)))))
     assert abs(losses[0] - losses[1]) < 1e-6
     moved = 0
     for before, a, b in zip(model.parameters(), copies[0].parameters(), copies[1].parameters()):

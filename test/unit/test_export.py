@@ -6,19 +6,20 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-
-import export
 import reference
-from datasets import build_transform
-from evo_vit import compat
-from runtime.gallery import photographs, to_batch
-from runtime.restore import restore_model
+import torch
 from test_tools import refused  # noqa: F401  (a fixture)
 
+import export
+from datasets import build_transform
+from evo_vit.compat import TORCH
+from runtime.keeping import exported as formats
+from runtime.keeping.restore import restore_evo
+from runtime.pictures.gallery import photographs, to_batch
+
 HERE = os.path.dirname(os.path.abspath(__file__))
-needs_onnx = pytest.mark.skipif(not compat.CAN_EXPORT_ONNX, reason="PyTorch 1.5 writes ONNX for one batch size only")
-needs_pt2 = pytest.mark.skipif(not compat.CAN_EXPORT_PT2, reason="pt2 is newer than this PyTorch")
+needs_onnx = pytest.mark.skipif(TORCH < (1, 8), reason="PyTorch 1.5 writes ONNX for one batch size only")
+needs_pt2 = pytest.mark.skipif(TORCH < (2, 2), reason="pt2 is newer than this PyTorch")
 
 
 def save_reference(name, path, **kwargs):
@@ -39,7 +40,8 @@ def exported(capsys):
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", ["EvoLeViT_128S", "EvoLeViT_256", "EvoLeViT_256_384"])
+@pytest.mark.parametrize("name", ["EvoLeViT_128S", pytest.param("EvoLeViT_256", marks=pytest.mark.slow),
+                                  pytest.param("EvoLeViT_256_384", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_onnx_runtime_agrees_with_pytorch_on_real_pictures(name, tmp_path, exported):
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
@@ -51,8 +53,8 @@ def test_onnx_runtime_agrees_with_pytorch_on_real_pictures(name, tmp_path, expor
     # once more without export.py's own comparison: other pictures, batches of three
     size = 384 if name.endswith("_384") else 224
     images = to_batch(list(photographs(3, size=300)), build_transform(False, "IMNET", size))
-    expected = restore_model(path, name).model(images).numpy()
-    actual = export.read_onnx(str(tmp_path / "published.onnx"))(images).numpy()
+    expected = restore_evo(path, name).model(images).numpy()
+    actual = export.read_back(str(tmp_path / "published.onnx"))(images).numpy()
     assert np.abs(actual - expected).max() <= 1e-4 and expected.std() > 0.01
     assert np.abs(expected[0] - expected[1]).max() > 1e-3
 
@@ -64,7 +66,8 @@ def test_onnx_uses_operators_that_ascends_converter_lists_and_fixed_token_counts
     with open(os.path.join(HERE, "data", "cann_8.0_onnx_operators.txt")) as f:
         listed = set(f.read().split())
     for mode in ([], ["--layer-wise"]):
-        out, _, _ = exported("--resume", path, "--model", "EvoLeViT_128S", "--input-size", 112, "--format", "onnx", *mode)
+        out, _, _ = exported("--resume", path, "--model", "EvoLeViT_128S",
+                             "--input-size", 112, "--format", "onnx", *mode)
         model = onnx.load(str(tmp_path / "published.onnx"))
         used = {node.op_type for node in model.graph.node}
         assert used <= listed and "BatchNormalization" not in used
@@ -86,32 +89,35 @@ def test_the_other_formats_agree_too_and_carry_the_classes(format, student, tmp_
         pytest.importorskip("safetensors", reason="safetensors is not installed")
     path, output = os.path.join(student[0], "best_checkpoint.pth"), str(tmp_path / "model")
     for mode in ([], ["--layer-wise"]):
-        out, difference, other = exported("--resume", path, "--format", format, "--output", output + export.SUFFIXES[format], *mode)
+        out, difference, other = exported("--resume", path, "--format", format,
+                                          "--output", output + formats.FORMATS[format].suffix, *mode)
         assert "Compared on 32 validation pictures of IMNET" in out and difference <= 1e-4 and other == 0
     if format == "safetensors":
-        again = restore_model(output + ".safetensors")
-        assert again.classes == restore_model(path).classes and again.mode == "layer-wise"
+        again = restore_evo(output + ".safetensors")
+        assert again.classes == restore_evo(path).classes and again.mode == "layer-wise"
         assert not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in again.model.modules())
 
 
 def test_an_export_that_differs_is_not_kept_under_its_name(student, tmp_path, monkeypatch, refused):  # noqa: F811
     pytest.importorskip("safetensors", reason="safetensors is not installed")
-    monkeypatch.setitem(export.READERS, "safetensors", lambda path: lambda images: torch.zeros(len(images), 10))
+    monkeypatch.setattr(export, "read_back", lambda path: lambda images: torch.zeros(len(images), 10))
     output = tmp_path / "model.safetensors"
-    assert "does not compute what the model does" in refused(
-        export.main, "--resume", os.path.join(student[0], "best_checkpoint.pth"), "--format", "safetensors", "--output", output)
+    assert "does not compute what the model does" in refused(export.main, "--resume", os.path.join(student[0],
+         "best_checkpoint.pth"), "--format", "safetensors", "--output", output)
     assert not output.exists()
 
 
 def test_mistakes_end_in_one_sentence(student, teacher, tmp_path, monkeypatch, refused):  # noqa: F811
     path = os.path.join(student[0], "best_checkpoint.pth")
-    assert "is the checkpoint itself" in refused(export.main, "--resume", path, "--format", "torchscript", "--output", path)
+    assert "is the checkpoint itself" in refused(export.main, "--resume", path, "--format", "torchscript", "--output",
+         path)
     assert "holds the model regnety_002" in refused(export.main, "--resume", teacher, "--format", "torchscript")
     assert "invalid choice: 'caffe'" in refused(export.main, "--resume", path, "--format", "caffe")
     (tmp_path / "text.png").write_text("no picture")
-    assert "none of the 1 files" in refused(export.main, "--resume", path, "--format", "torchscript", "--check-on", tmp_path / "text.png")
+    assert "none of the 1 files" in refused(export.main, "--resume", path, "--format", "torchscript", "--check-on",
+         tmp_path / "text.png")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "--format onnx needs onnx and onnxruntime; pip install onnx onnxruntime" in refused(
         export.main, "--resume", path, "--format", "onnx")
-    monkeypatch.setattr(compat, "CAN_EXPORT_PT2", False)
+    monkeypatch.setattr(formats, "TORCH", (2, 1))
     assert "--format pt2 needs PyTorch 2.2 or newer" in refused(export.main, "--resume", path, "--format", "pt2")

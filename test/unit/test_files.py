@@ -1,5 +1,5 @@
-"""Files from strangers: checkpoints that are damaged or hostile, pictures that cannot be decoded, weights from elsewhere."""
-import argparse
+"""Files from strangers: checkpoints that are damaged or hostile, pictures that cannot be decoded, weights from
+elsewhere."""
 import functools
 import hashlib
 import http.server
@@ -13,16 +13,18 @@ import sys
 import threading
 import zipfile
 
+import commands
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import commands
 import main
-from evo_vit import compat, evo_levit
-from runtime import checkpoint as checkpoints
-from runtime.models import build_model
+from evo_vit import evo_levit
+from runtime.errors import SaveFailed, UserError
+from runtime.keeping import checkpoint as checkpoints
+from runtime.keeping.files import write_whole
+from runtime.learning.models import build_model
 
 TINY = "EvoLeViT_tiny"
 
@@ -42,8 +44,8 @@ def few_digits(tmp_path_factory):
 @pytest.fixture(scope="module")
 def good(tmp_path_factory, tiny_model, few_digits):
     path = str(tmp_path_factory.mktemp("good") / "checkpoint.pth")
-    checkpoints.save_checkpoint({"model": tiny_model.state_dict(), "model_ema": None, "epoch": 3, "progress": None, "args": {
-        "model": TINY, "input_size": 64, "data_set": "IMNET", "data_path": few_digits}}, path)
+    checkpoints.save_checkpoint({"model": tiny_model.state_dict(), "model_ema": None, "epoch": 3, "progress": None,
+         "args": {"model": TINY, "input_size": 64, "data_set": "IMNET", "data_path": few_digits}}, path)
     return path
 
 
@@ -61,8 +63,8 @@ def mutations(content, draw, trap):
     """Endless (kind, content) of files that are not the good one."""
     state = torch.load(io.BytesIO(content), map_location="cpu")
     while True:
-        kind = draw.choice(["truncated", "flipped", "swapped", "shape", "type", "hostile pickle", "hostile zip", "noise",
-                            "missing"])
+        kind = draw.choice(["truncated", "flipped", "swapped", "shape", "type",
+                           "hostile pickle", "hostile zip", "noise", "missing"])
         changed = dict(state, model=dict(state["model"]))
         names = list(changed["model"])
         name, other = draw.sample(names, 2)
@@ -76,7 +78,8 @@ def mutations(content, draw, trap):
             yield kind, pickle.dumps({"model": Hostile(trap)}, protocol=draw.choice([2, 3, 4]))
         elif kind == "hostile zip":
             out = io.BytesIO()
-            with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as target:
+            with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(out, "w",
+                    zipfile.ZIP_STORED) as target:
                 for item in source.namelist():
                     target.writestr(item, pickle.dumps(Hostile(trap), protocol=2) if item.endswith("data.pkl")
                                     else source.read(item))
@@ -97,18 +100,19 @@ def mutations(content, draw, trap):
             else:
                 changed[draw.choice(["model", "args", "epoch"])] = draw.choice([7, "text", None, [1, 2], {"a": 1}])
             out = io.BytesIO()
-            compat.save(changed, out)
+            torch.save(changed, out, _use_new_zipfile_serialization=True)
             yield kind, out.getvalue()
 
 
-def test_no_mutated_checkpoint_crashes_or_runs_code(good, few_digits, tmp_path, capsys):
-    """Each of 500 ends in one sentence and exit code 2, or, where a flipped bit hit nothing that is read, evaluates."""
+@pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.slow)])
+def test_no_mutated_checkpoint_crashes_or_runs_code(count, good, few_digits, tmp_path, capsys):
+    """Each ends in one sentence and exit code 2, or, where a flipped bit hit nothing that is read, evaluates."""
     with open(good, "rb") as f:
         content = f.read()
     trap, path = tmp_path / "executed", tmp_path / "mutated.pth"
     kinds, read = {}, 0
     made = mutations(content, random.Random(1), trap)
-    for _ in range(500):
+    for _ in range(count):
         kind, mutated = next(made)
         kinds[kind] = kinds.get(kind, 0) + 1
         path.write_bytes(mutated)
@@ -122,7 +126,7 @@ def test_no_mutated_checkpoint_crashes_or_runs_code(good, few_digits, tmp_path, 
             assert stopped.code == 2 and err.startswith("error: ") and err.count("\n") == 1, (kind, err)
         assert not trap.exists(), kind
     print(kinds, read)
-    assert min(kinds.values()) > 20 and read < 60
+    assert min(kinds.values()) > count // 25 and read < count // 8
 
 
 def test_a_flipped_bit_in_a_tensor_is_found(good, tmp_path):
@@ -132,13 +136,14 @@ def test_a_flipped_bit_in_a_tensor_is_found(good, tmp_path):
         item = max(archive.infolist(), key=lambda item: item.file_size)
     content[item.header_offset + 200 + item.file_size // 2] ^= 1
     (tmp_path / "flipped.pth").write_bytes(bytes(content))
-    with pytest.raises(checkpoints.UserError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         checkpoints.load_checkpoint(str(tmp_path / "flipped.pth"), "--resume")
 
 
 def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path):
     """A disk that fills up, by a limit on the size of the process's files."""
-    script = ("import evo_vit, resource, signal, sys, torch; from runtime.checkpoint import SaveFailed, save_newest\n"
+    script = ("import evo_vit, resource, signal, sys, torch; from runtime.errors import SaveFailed; "
+              "from runtime.keeping.checkpoint import save_newest\n"
               "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
               "for number in (1, 2): save_newest({'n': number, 'x': torch.zeros(100000)}, sys.argv[1])\n"
               "resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
@@ -152,12 +157,14 @@ def test_a_failed_write_leaves_the_checkpoints_before_it(tmp_path):
 
 def test_an_output_folder_that_cannot_be_used_is_found_before_training(few_digits, tmp_path, monkeypatch, capsys):
     import collections
-    from runtime import output
+
+    from runtime.keeping import output
     (tmp_path / "file").write_text("")
-    flags = ["--device", "cpu", "--num_workers", "0", "--batch-size", "10", "--model", TINY, "--distillation-type", "none",
-             "--data_path", few_digits, "--input-size", "64", "--output_dir"]
+    flags = ["--device", "cpu", "--num_workers", "0", "--batch-size", "10", "--model", TINY, "--distillation-type",
+         "none", "--data_path", few_digits, "--input-size", "64", "--output_dir"]
     usage = collections.namedtuple("usage", "total used free")
-    for folder, sentence in ((tmp_path / "file" / "save", "cannot be written"), (tmp_path / "full", "MiB left and a run needs")):
+    for folder, sentence in ((tmp_path / "file" / "save", "cannot be written"),
+                             (tmp_path / "full", "MiB left and a run needs")):
         if "full" in str(folder):
             monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage(10, 10, 0))
         with pytest.raises(SystemExit) as stopped:
@@ -173,8 +180,8 @@ def test_an_output_folder_that_cannot_be_used_is_found_before_training(few_digit
 
 
 def test_a_file_in_a_folder_that_is_not_there_is_refused_in_one_sentence(tmp_path):
-    with pytest.raises(checkpoints.SaveFailed, match=r"page.html could not be written \(No such file or directory\)"):
-        checkpoints.write_whole(str(tmp_path / "none" / "page.html"), lambda f: f.write(b""))
+    with pytest.raises(SaveFailed, match=r"page.html could not be written \(No such file or directory\)"):
+        write_whole(str(tmp_path / "none" / "page.html"), lambda f: f.write(b""))
 
 
 def test_weights_travel_as_safetensors_and_by_url(student, digit_folder, tmp_path, capsys, monkeypatch):
@@ -183,14 +190,15 @@ def test_weights_travel_as_safetensors_and_by_url(student, digit_folder, tmp_pat
 
     def evaluate(path, *flags):
         """The line of the figures, without the speed."""
-        main.main(["--eval", "--device", "cpu", "--num_workers", "0", "--resume", str(path)] + [str(flag) for flag in flags])
+        main.main(["--eval", "--device", "cpu", "--num_workers", "0",
+                  "--resume", str(path)] + [str(flag) for flag in flags])
         (line,) = [text for text in capsys.readouterr().out.splitlines() if text.startswith("Acc@1")]
         return line.split("  images/s")[0]
 
     line = evaluate(source, "--export-weights", exported)
     assert evaluate(exported, "--data-path", digit_folder) == line
-    tuned = commands.succeed("--finetune", exported, "--model", "EvoLeViT_128S", "--distillation-type", "none", "--epochs", 1,
-                             "--max-steps", 1, "--data-path", digit_folder, "--output_dir", tmp_path / "out")
+    tuned = commands.succeed("--finetune", exported, "--model", "EvoLeViT_128S", "--distillation-type", "none",
+         "--epochs", 1, "--max-steps", 1, "--data-path", digit_folder, "--output_dir", tmp_path / "out")
     assert "Finetuning from" in tuned
 
     served = tmp_path / "served"
@@ -209,7 +217,8 @@ def test_weights_travel_as_safetensors_and_by_url(student, digit_folder, tmp_pat
     address = "http://127.0.0.1:{}/".format(server.server_port)
     try:
         assert evaluate(address + right) == line
-        for name, sentence in (("student-00000000.pth", "its SHA-256 starts with"), ("nothing.pth", "cannot be fetched")):
+        for name, sentence in (("student-00000000.pth", "its SHA-256 starts with"),
+                               ("nothing.pth", "cannot be fetched")):
             capsys.readouterr()
             with pytest.raises(SystemExit) as stopped:
                 main.main(["--eval", "--device", "cpu", "--resume", address + name])
@@ -222,11 +231,15 @@ def test_weights_travel_as_safetensors_and_by_url(student, digit_folder, tmp_pat
 
 def test_a_safetensors_teacher_gives_the_teachers_logits(teacher, tmp_path):
     from safetensors.numpy import save_file
-    from runtime.teacher import build_teacher
-    state = checkpoints.load_checkpoint(teacher, "--teacher-path")["model"]
-    save_file({name: tensor.contiguous().numpy() for name, tensor in state.items()}, str(tmp_path / "teacher.safetensors"))
-    one, other = (build_teacher(argparse.Namespace(teacher_model="regnety_002", teacher_path=path,
-                                                   teacher_input_size=None), 10, torch.device("cpu"))
+
+    from runtime.learning.teacher import build_teacher
+    from runtime.machine.machine import Machine
+    state = checkpoints.load_checkpoint(teacher, "--teacher-path").content["model"]
+    save_file({name: tensor.contiguous().numpy()
+              for name, tensor in state.items()}, str(tmp_path / "teacher.safetensors"))
+    classes = ["digit{}".format(digit) for digit in range(10)]
+    one, other = (build_teacher("regnety_002", checkpoints.load_checkpoint(path, "--teacher-path"), classes,
+                                Machine(torch.device("cpu")), 64)
                   for path in (teacher, str(tmp_path / "teacher.safetensors")))
     with torch.no_grad():
         assert torch.equal(one(torch.ones(1, 3, 64, 64)), other(torch.ones(1, 3, 64, 64)))
@@ -260,10 +273,11 @@ def unreadable(draw):
 
 
 def test_every_kind_of_readable_picture_becomes_rgb(tmp_path):
-    from runtime.pictures import load_picture
+    from runtime.pictures.reading import load_picture
     cases = [("L", {}), ("P", {}), ("RGBA", {}), ("LA", {}), ("1", {}), ("I;16", {}), ("CMYK", dict(format="JPEG")),
-             ("RGB", dict(format="JPEG")), ("RGB", dict(format="JPEG", exif=b"Exif\0\0broken")), ("RGB", dict(size=(1, 1))), ("RGB", dict(size=(3, 4000))),
-             ("RGB", dict(format="BMP")), ("RGB", dict(format="TIFF")), ("RGB", dict(format="WEBP"))]
+        ("RGB", dict(format="JPEG")), ("RGB", dict(format="JPEG", exif=b"Exif\0\0broken")), ("RGB", dict(size=(1, 1))),
+         ("RGB", dict(size=(3, 4000))), ("RGB", dict(format="BMP")), ("RGB", dict(format="TIFF")), ("RGB",
+        dict(format="WEBP"))]
     for number, (mode, options) in enumerate(cases):
         path = str(tmp_path / str(number))
         with open(path, "wb") as f:
@@ -286,8 +300,8 @@ def test_a_hundred_bad_pictures_are_named_and_nothing_stops(few_digits, tmp_path
         path = root / part / "digit{}".format(number // 2 % 10) / name
         path.write_bytes(content)
         bad[part].append(str(path))
-    flags = ["--device", "cpu", "--input-size", "64", "--batch-size", "10", "--num_workers", "1", "--model", "EvoLeViT_128S",
-             "--distillation-type", "none", "--no-repeated-aug", "--data_path", root, "--epochs", 2]
+    flags = ["--device", "cpu", "--input-size", "64", "--batch-size", "10", "--num_workers", "1", "--model",
+        "EvoLeViT_128S", "--distillation-type", "none", "--no-repeated-aug", "--data_path", root, "--epochs", 2]
     code, out, err = commands.run([sys.executable, commands.MAIN] + flags + ["--output_dir", tmp_path / "out"])
     assert code == 0, out + err
     for path in bad["train"]:
@@ -300,8 +314,10 @@ def test_a_hundred_bad_pictures_are_named_and_nothing_stops(few_digits, tmp_path
     assert last["test_acc5"] <= 100 * 10 / 60
     main.main(["--eval", "--device", "cpu", "--num_workers", "0", "--resume", str(tmp_path / "out" / "checkpoint.pth")])
     assert "50 damaged images, named above, count as wrong" in capsys.readouterr().out
-    code, out, err = commands.run([sys.executable, commands.MAIN] + flags + ["--output_dir", tmp_path / "few", "--max-bad-images", 5])
-    assert code == 1 and err.splitlines()[-1].startswith("error: training stopped: ") and "--max-bad-images allows 5" in err
+    code, out, err = commands.run([sys.executable, commands.MAIN] + flags + \
+                                  ["--output_dir", tmp_path / "few", "--max-bad-images", 5])
+    assert code == 1 and err.splitlines(
+    )[-1].startswith("error: training stopped: ") and "--max-bad-images allows 5" in err
     assert "Traceback" not in err
 
 
@@ -310,10 +326,9 @@ def test_a_hundred_bad_pictures_are_named_and_nothing_stops(few_digits, tmp_path
 @pytest.mark.parametrize("processes", [2, 3, 8])
 def test_evaluation_over_processes_counts_as_one_process_does(processes, tmp_path):
     """61 images, which no such number divides."""
-    script = os.path.join(os.path.dirname(__file__), "evaluate_shared.py")
-    code, out, err = commands.run([sys.executable, script, processes], env={"OMP_NUM_THREADS": "1"})
+    code, out, err = commands.helper("evaluate_shared", processes, env={"OMP_NUM_THREADS": "1"})
     assert code == 0, out + err
-    alone, together = json.loads(out)
+    alone, together = json.loads(out.splitlines()[-1])
     for name in ("acc1", "acc5", "images"):
         assert together[name] == alone[name]
     assert abs(together["loss"] / alone["loss"] - 1) < 1e-6 and alone["images"] == 61

@@ -7,13 +7,13 @@ import os
 import shutil
 import sys
 
+import commands
 import numpy as np
 import pytest
 import timm.data.mixup
 import timm.optim.optim_factory
 import torch
 
-import commands
 from evo_vit import compat
 from fix_timm import mixup, optim_factory
 
@@ -85,9 +85,26 @@ def test_every_public_name_of_the_original_stays(name, original):
 
 
 @only_0412
-@pytest.mark.parametrize("name", ["sgd", "nesterov", "momentum", "adam", "adamw", "adabelief", "nadam", "radam", "adamp",
-                                  "sgdp", "adadelta", "adafactor", "adahessian", "rmsprop", "rmsproptf", "novograd",
-                                  "nvnovograd", "lookahead_adam", "AdamW"])
+@pytest.mark.parametrize("name",
+    ["sgd",
+    "nesterov",
+    "momentum",
+    "adam",
+    "adamw",
+    "adabelief",
+    "nadam",
+    "radam",
+    "adamp",
+    "sgdp",
+    "adadelta",
+    "adafactor",
+    "adahessian",
+    "rmsprop",
+    "rmsproptf",
+    "novograd",
+    "nvnovograd",
+    "lookahead_adam",
+     "AdamW"])
 def test_every_optimizer_is_the_one_that_timm_builds(name):
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
     args = argparse.Namespace(opt=name, lr=0.01, weight_decay=0.02, momentum=0.9, opt_eps=1e-8, opt_betas=None)
@@ -137,9 +154,9 @@ def test_the_files_replace_those_of_an_installed_timm(way, tmp_path):
     shutil.copytree(os.path.join(commands.ROOT, "fix_timm"), str(work / "fix_timm"))
     path = str(folder / "timm")
     if way == "commands":
-        script = ("diff -uN {0}/data/mixup.py ./fix_timm/mixup.py >mixup.patch\n"
-                  "diff -uN {0}/optim/optim_factory.py ./fix_timm/optim_factory.py >optim.patch\n"
-                  "patch -p0 {0}/data/mixup.py mixup.patch && patch -p0 {0}/optim/optim_factory.py optim.patch").format(path)
+        script = ("diff -uN {0}/data/mixup.py ./fix_timm/mixup.py >mixup.patch\ndiff -uN {0}/optim/optim_factory.py "
+            "./fix_timm/optim_factory.py >optim.patch\npatch -p0 {0}/data/mixup.py mixup.patch && patch -p0 "
+            "{0}/optim/optim_factory.py optim.patch").format(path)
         code, out, err = commands.run(["bash", "-c", script], cwd=work)
         assert code == 0, out + err
     else:

@@ -4,8 +4,8 @@ import copy
 import pytest
 import timm
 import torch
-from hypothesis import given, settings, strategies as st
-
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import build, images
 
 

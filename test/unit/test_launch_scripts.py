@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 
+import commands
 import pytest
 import torch
 
-import commands
+pytestmark = pytest.mark.once
 
 TINY = ["--model=EvoLeViT_128S", "--input-size", "64"]
 UNDISTILLED = ["--", "--distillation-type", "none", "--num_workers", "0"]
@@ -58,7 +59,7 @@ def check_outputs(checkout, printed, kind, processes, batch_size, out):
     assert (got["Network"], got["RankSize"], got["BatchSize"]) == ("Evo-LeViT", str(processes), str(batch_size))
     assert (got["DeviceType"], got["CaseName"]) == (platform.machine(), case)
     assert float(got["ActualFPS"]) == pytest.approx(summary["images_per_s"], abs=0.01) and float(got["ActualFPS"]) > 0
-    assert float(got["TrainingTime"]) == pytest.approx(1000 * batch_size * processes / float(got["ActualFPS"]), rel=0.01)
+    assert float(got["TrainingTime"]) == pytest.approx(1000 *batch_size *processes / float(got["ActualFPS"]), rel=0.01)
     assert float(got["TrainAccuracy"]) == pytest.approx(summary["best_acc1"], abs=1e-3)
     assert float(got["ActualLoss"]) == pytest.approx(summary["train_loss"], abs=1e-4)
     assert int(got["E2ETrainingTime"]) >= summary["seconds"] - 1
@@ -82,9 +83,10 @@ def test_one_process_trains_to_the_end_from_the_folder_test(checkout, digit_fold
                                                           "checkpoint.pth", "log.txt", "summary.json"]
 
 
+@pytest.mark.slow
 def test_one_process_measures_speed_and_keeps_an_earlier_run_aside(checkout, digit_folder):
-    arguments = ["--data_path", os.path.relpath(digit_folder, str(checkout)), "--batch-size", "32", "--output_dir", "out"
-                 ] + TINY + UNDISTILLED
+    arguments = ["--data_path", os.path.relpath(digit_folder, str(checkout)), "--batch-size", "32", "--output_dir",
+         "out"] + TINY + UNDISTILLED
     for run in (1, 2):
         code, out, err = launch(checkout, "train_performance_1P", *arguments)
         assert code == 0, out + err
@@ -116,7 +118,8 @@ def test_eight_processes_train_to_the_end(checkout, digit_folder):
 @pytest.mark.skipif(not hasattr(torch.utils, "rename_privateuse1_backend"),
                     reason="this PyTorch has no extension points for a device of another package")
 @pytest.mark.parametrize("script, processes", [
-    ("train_full_1P", 1), pytest.param("train_performance_1P", 1, marks=pytest.mark.slow),
+    pytest.param("train_full_1P", 1, marks=[pytest.mark.slow, pytest.mark.share]),
+    pytest.param("train_performance_1P", 1, marks=pytest.mark.slow),
     pytest.param("train_full_8P", 8, marks=pytest.mark.slow),
     pytest.param("train_performance_8P", 8, marks=pytest.mark.slow)])
 def test_the_scripts_run_on_the_npu_stand_in(checkout, digit_folder, script, processes):
@@ -170,10 +173,10 @@ def processes_of(folder):
 
 def started(checkout, digit_folder, *arguments):
     """A running script with two processes, once both have begun to train."""
-    process = subprocess.Popen(
-        ["bash", "test/train_full_1P.sh", "--data_path=" + digit_folder, "--nproc", "2", "--batch-size=4", "--epochs=500",
-         ] + TINY + UNDISTILLED + list(arguments), cwd=str(checkout), env=dict(os.environ, PYTHON=sys.executable),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, start_new_session=True)
+    process = subprocess.Popen(["bash", "test/train_full_1P.sh", "--data_path=" + digit_folder, "--nproc", "2",
+         "--batch-size=4", "--epochs=500",] + TINY + UNDISTILLED + list(arguments), cwd=str(checkout),
+        env=dict(os.environ, PYTHON=sys.executable), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        universal_newlines=True, start_new_session=True)
     log = checkout / "test" / "output" / "0" / "train_0.log"
     end = time.time() + 120
     while time.time() < end and not (log.exists() and "Epoch 0" in log.read_text()):
@@ -183,6 +186,8 @@ def started(checkout, digit_folder, *arguments):
     return process
 
 
+@pytest.mark.slow
+@pytest.mark.share
 def test_a_rank_that_dies_takes_the_others_down_within_a_minute(checkout, digit_folder):
     process = started(checkout, digit_folder)
     os.kill(processes_of(checkout / "save")[-1], signal.SIGKILL)
@@ -199,7 +204,7 @@ def test_ctrl_c_stops_all_ranks(checkout, digit_folder):
     assert process.returncode == 130 and re.search("stopped by a signal", err)
     assert "Stopped as asked; to go on: the same command with --resume auto" in err
     code, out, err = launch(checkout, "train_full_1P", "--data_path=" + digit_folder, "--nproc", "2", "--batch-size=4",
-                            "--epochs=1", *TINY + UNDISTILLED + ["--resume", "auto", "--epochs", "500", "--max-steps", "1"])
+         "--epochs=1", *TINY + UNDISTILLED + ["--resume", "auto", "--epochs", "500", "--max-steps", "1"])
     assert code == 0, out + err
     assert "Resuming" in (checkout / "test" / "output" / "0" / "train_0.log").read_text()
     assert processes_of(checkout / "save") == []

@@ -3,14 +3,14 @@ import os
 import re
 import sys
 
+import commands
 import pytest
 import timm
 import torch
-
-import commands
-from evo_vit import compat  # noqa: F401
 from timm.data import create_transform, resolve_data_config
 from timm.loss import LabelSmoothingCrossEntropy
+
+from evo_vit import compat  # noqa: F401
 
 
 def small(**options):
@@ -31,7 +31,7 @@ def test_timms_interface():
     assert torch.equal(model(images), model.forward_head(model.forward_features(images), pre_logits=True))
     config = resolve_data_config({}, model=model)
     assert config["input_size"] == (3, 112, 112) and config["interpolation"] == "bicubic"
-    from runtime.gallery import photographs
+    from runtime.pictures.gallery import photographs
     assert create_transform(**config)(next(photographs(1)).image).shape == (3, 112, 112)
 
 
@@ -60,7 +60,8 @@ def test_features_of_the_stages():
     assert [tuple(f.shape) for f in features] == [(2, 128, 7, 7), (2, 256, 4, 4), (2, 384, 2, 2)]
     stages = model.forward_stages(images)
     for feature, (tokens, state) in zip(features, stages):
-        assert torch.equal(feature.flatten(2).transpose(1, 2), tokens[:, 1:]) and state.score.shape[1] == tokens.shape[1] - 1
+        assert torch.equal(feature.flatten(2).transpose(
+            1, 2), tokens[:, 1:]) and state.score.shape[1] == tokens.shape[1] - 1
     assert [state.slow is None for _, state in stages] == [True, False, False]
     rows = model.forward_intermediates(images, indices=1, output_fmt="NLC", intermediates_only=True)
     assert [tuple(f.shape) for f in rows] == [(2, 4, 384)]
@@ -87,6 +88,8 @@ def readme_example(name):
     return example
 
 
+@pytest.mark.slow
+@pytest.mark.share
 def test_the_readmes_ten_lines_run_on_an_installed_package(student, tmp_path):
     """Built and installed by pip into a folder of its own, far from the repository."""
     source, site, work = commands.copy_package(tmp_path / "source"), tmp_path / "site", tmp_path / "work"

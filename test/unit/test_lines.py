@@ -3,13 +3,11 @@ import os
 import subprocess
 import sys
 
+import commands
 import numpy as np
 import pytest
 
-import commands
 from evo_vit import compat
-
-SCRIPT = os.path.join(commands.ROOT, "test", "unit", "line_checkpoint.py")
 
 
 def python_of(line):
@@ -24,13 +22,15 @@ def python_of(line):
 def test_a_checkpoint_of_every_line_gives_the_same_logits_on_every_line(tmp_path):
     pythons = {line: python_of(line) for line in compat.LINES}
     for line, python in pythons.items():
-        subprocess.run([python, SCRIPT, "write", str(tmp_path / line)], check=True, timeout=300)
+        code, out, err = commands.helper("line_checkpoint", "write", tmp_path / line, launch=[python])
+        assert code == 0, out + err
     differences = {}
     for writer in pythons:
         logits = {}
         for reader, python in pythons.items():
             out = str(tmp_path / "{}-{}.txt".format(writer, reader))
-            subprocess.run([python, SCRIPT, "read", str(tmp_path / writer), out], check=True, timeout=300)
+            code, printed, err = commands.helper("line_checkpoint", "read", tmp_path / writer, out, launch=[python])
+            assert code == 0, printed + err
             logits[reader] = np.loadtxt(out)
         assert np.abs(logits[writer]).max() > 0.2
         for reader in pythons:
@@ -88,7 +88,8 @@ def test_installing_a_lines_requirements_and_the_models_leaves_the_vendors_torch
                        ("INSTALLER", "pip\n"), ("RECORD", "")):
         with open(os.path.join(info, name), "w") as f:
             f.write(text)
-    for what in (["-r", os.path.join(commands.ROOT, line + "_requirements.txt")], [commands.copy_package(tmp_path / "source")]):
+    for what in (["-r", os.path.join(commands.ROOT, line + "_requirements.txt")],
+                 [commands.copy_package(tmp_path / "source")]):
         subprocess.run([python, "-m", "pip", "install", "--quiet"] + what, check=True, timeout=900)
     listed = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], check=True, stdout=subprocess.PIPE,
                             universal_newlines=True).stdout.lower()

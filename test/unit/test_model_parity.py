@@ -3,7 +3,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-
 from reference import build, images, load_arrays, load_json, relative_error
 
 NAMES = ["EvoLeViT_128S", "EvoLeViT_256", "EvoLeViT_256_384"]

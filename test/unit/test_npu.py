@@ -10,10 +10,9 @@ import shutil
 import subprocess
 import sys
 
+import commands
 import pytest
 import torch
-
-import commands
 from torch_npu_wheel import base
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -38,8 +37,7 @@ def built_double():
 @functools.lru_cache(maxsize=None)
 def steps(device, *arguments):
     """What npu_steps.py reports."""
-    code, out, err = commands.run([sys.executable, os.path.join(HERE, "npu_steps.py"), device] + list(arguments),
-                                  env=with_double())
+    code, out, err = commands.helper("npu_steps", device, *arguments, env=with_double())
     assert code == 0, out + err
     return json.loads(out.splitlines()[-1])
 
@@ -57,7 +55,8 @@ def test_steps_on_the_npu_equal_those_on_the_cpu(on_cpu):
     npu = steps("npu", "none", "-", "-")
     assert npu["optimizer"] == "torch_npu.optim" and on_cpu["optimizer"].startswith("torch.optim")
     differences = [abs(a - b) for a, b in zip(npu["losses"], on_cpu["losses"])]
-    assert differences[0] < 2e-6 and max(differences) < 5e-5  # AdamW makes whole steps out of gradients that are rounding
+    # AdamW makes whole steps out of gradients that are rounding
+    assert differences[0] < 2e-6 and max(differences) < 5e-5
     for step, (ours, theirs) in enumerate(zip(npu["gradients"], on_cpu["gradients"])):
         allowed = 1e-6 if step == 0 else 1e-4  # of the whole; later steps start from weights that differ by rounding
         assert set(ours) == set(theirs) and max(abs(ours[k] - theirs[k]) for k in ours) < allowed * total(theirs), step
@@ -76,7 +75,8 @@ def test_a_step_reads_only_the_loss_and_uses_only_operators_that_torch_npu_suppo
     for arguments, allowed in ((("none", "-", "-"), 1), (("native", "O1", "-"), 1), (("native", "O1", "dynamic"), 2),
                                (("apex", "O1", "-"), 1)):
         report = steps("npu", *arguments)
-        print(arguments, "waits per step", report["syncs"], "operators:", " ".join(sorted(map(base, report["operators"]))))
+        print(arguments, "waits per step", report["syncs"], "operators:",
+              " ".join(sorted(map(base, report["operators"]))))
         assert max(report["syncs"]) <= allowed and min(report["syncs"]) >= 1, arguments
         assert set(report["to_host"]) == {0}
         assert not {op for op in report["operators"] if base(op) not in supported}
@@ -95,9 +95,9 @@ def test_a_fused_optimizer_trains_the_tradeoffs_that_get_their_first_gradient_la
 
 
 @pytest.mark.parametrize("arguments, name, tolerance", [
-    (("native", "O1", "128"), "fp16 mixed (native O1, loss scale 128.0)", 5e-3),
+    pytest.param(("native", "O1", "128"), "fp16 mixed (native O1, loss scale 128.0)", 5e-3, marks=pytest.mark.slow),
     (("apex", "O1", "128"), "fp16 mixed (apex O1, loss scale 128.0)", 5e-3),
-    (("apex", "O2", "128"), "fp16 mixed (apex O2, loss scale 128.0)", 1e-2),
+    pytest.param(("apex", "O2", "128"), "fp16 mixed (apex O2, loss scale 128.0)", 1e-2, marks=pytest.mark.slow),
 ])
 def test_mixed_precision_agrees_with_float32_within_rounding(on_cpu, arguments, name, tolerance):
     report = steps("npu", *arguments)
@@ -118,6 +118,7 @@ def test_bf16_on_the_cpu_agrees_with_float32_within_rounding(on_cpu):
         assert 0 < abs(ours / theirs - 1) < 3e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["native", "apex"])
 def test_an_overflow_is_skipped_and_the_scale_halved(backend):
     report = steps("npu", backend, "O1", "dynamic", "1")
@@ -130,13 +131,11 @@ def test_an_overflow_is_skipped_and_the_scale_halved(backend):
 
 def test_the_scale_grows_again_after_steps_without_an_overflow():
     """The growth interval is PyTorch's, 2,000 steps; here it is set to two."""
-    script = ("import evo_vit, torch, torch_npu; from runtime.precision import build_precision\n"
-              "p = build_precision(torch.device('npu', 0), 'native', 'O1', 'dynamic'); p._scaler.set_growth_interval(2)\n"
-              "w = torch.nn.Linear(4, 1).to('npu'); o = torch.optim.SGD(w.parameters(), 1e-3); scales = []\n"
-              "for factor in (1, 1e38, 1, 1, 1, 1):\n"
-              "    o.zero_grad(); p.backward(w(torch.ones(2, 4).to('npu')).sum() * factor, o); p.step(w, o)\n"
-              "    scales.append(p.loss_scale / 2 ** 16)\n"
-              "print(scales)")
+    script = ("import evo_vit, torch, torch_npu; from runtime.machine.precision import build_precision\np = "
+        "build_precision(torch.device('npu', 0), 'native', 'O1', 'dynamic'); p._scaler.set_growth_interval(2)\nw = "
+        "torch.nn.Linear(4, 1).to('npu'); o = torch.optim.SGD(w.parameters(), 1e-3); scales = []\nfor factor in (1, "
+        "1e38, 1, 1, 1, 1):\n    o.zero_grad(); p.backward(w(torch.ones(2, 4).to('npu')).sum() * factor, o); p.step(w, "
+        "o)\n    scales.append(p.loss_scale / 2 ** 16)\nprint(scales)")
     code, out, err = commands.run([sys.executable, "-c", script], env=with_double())
     assert code == 0, err
     assert json.loads(out) == [1, 0.5, 0.5, 1, 1, 2]
@@ -151,15 +150,12 @@ def test_apex_is_called_as_ascend_documents_it():
 
 
 def test_the_double_refuses_what_a_card_refuses():
-    script = ("import torch, torch_npu\n"
-              "on, off = torch.randn(4, 4).to('npu'), torch.randn(4, 4)\n"
-              "bad = [lambda: on + off, lambda: on @ off, lambda: torch.nn.Conv2d(4, 4, 1).to('npu')(torch.randn(1, 4, 2, 2)),\n"
-              "       lambda: on.double(), lambda: on.nonzero(), lambda: on[on > 0],\n"
-              "       lambda: on.t().gather(1, torch.zeros(4, 1, dtype=torch.int64).to('npu')), lambda: on.to('npu:1')]\n"
-              "for call in bad:\n"
-              "    try: call()\n"
-              "    except (RuntimeError, NotImplementedError): print('refused')\n"
-              "print(on.device, (on * 2).sum().device, torch.equal((on @ on).cpu(), on.cpu() @ on.cpu()))")
+    script = ("import torch, torch_npu\non, off = torch.randn(4, 4).to('npu'), torch.randn(4, 4)\nbad = [lambda: on + "
+        "off, lambda: on @ off, lambda: torch.nn.Conv2d(4, 4, 1).to('npu')(torch.randn(1, 4, 2, 2)),\n       lambda: "
+        "on.double(), lambda: on.nonzero(), lambda: on[on > 0],\n       lambda: on.t().gather(1, torch.zeros(4, 1, "
+        "dtype=torch.int64).to('npu')), lambda: on.to('npu:1')]\nfor call in bad:\n    try: call()\n    except "
+        "(RuntimeError, NotImplementedError): print('refused')\nprint(on.device, (on * 2).sum().device, "
+        "torch.equal((on @ on).cpu(), on.cpu() @ on.cpu()))")
     code, out, err = commands.run([sys.executable, "-c", script], env=with_double())
     assert code == 0, err
     assert out.split("\n")[:-1] == ["refused"] * 8 + ["npu:0 npu:0 True"]
@@ -193,9 +189,8 @@ def test_main_trains_resumes_and_evaluates_on_the_npu(digit_folder, teacher, tmp
 
 @pytest.mark.slow
 def test_two_processes_train_over_hccl_and_stay_identical(digit_folder, tmp_path):
-    script = ("import sys, torch, main\n"
-              "model = main.main(sys.argv[2:])\n"
-              "import os; torch.save({k: p.detach().cpu() for k, p in model.named_parameters()}, sys.argv[1] + os.environ['RANK'])\n")
+    script = ("import sys, torch, main\nmodel = main.main(sys.argv[2:])\nimport os; torch.save({k: p.detach().cpu() "
+        "for k, p in model.named_parameters()}, sys.argv[1] + os.environ['RANK'])\n")
     (tmp_path / "keep.py").write_text("import sys; sys.path.insert(0, {!r})\n".format(commands.ROOT) + script)
     code, out, err = commands.run(
         commands.launchers(2)["torchrun"] + [tmp_path / "keep.py", tmp_path / "rank"] + SMALL[2:] +
@@ -222,8 +217,8 @@ def test_torch_npu_that_does_not_load_is_named_once(digit_folder, tmp_path):
     (package / "__init__.py").write_text(
         "raise ImportError('libhccl.so: cannot open shared object file: No such file or directory')\n")
     env = {"PYTHONPATH": str(tmp_path)}
-    flags = ["--distillation-type", "none", "--epochs", 1, "--max-steps", 1, "--data_path", digit_folder, "--output_dir",
-             tmp_path / "save"]
+    flags = ["--distillation-type", "none", "--epochs", 1, "--max-steps", 1, "--data_path", digit_folder,
+        "--output_dir", tmp_path / "save"]
     code, out, err = commands.run([sys.executable, commands.MAIN, "--device", "npu"] + SMALL + flags, env=env)
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith("error: --device npu: torch_npu does not load (libhccl.so") and "set_env.sh" in err
@@ -290,8 +285,8 @@ def test_the_real_torch_npu_without_a_toolkit(digit_folder, tmp_path):
     env = {"PYTHONPATH": str(venv)}
     code, _, err = commands.run([sys.executable, "-c", "import torch"], env=env)
     assert code != 0 and "torch_npu" in err, "the wheel's auto-loading no longer makes `import torch` fail"
-    flags = ["--distillation-type", "none", "--epochs", 1, "--max-steps", 1, "--data_path", digit_folder, "--output_dir",
-             tmp_path / "save"]
+    flags = ["--distillation-type", "none", "--epochs", 1, "--max-steps", 1, "--data_path", digit_folder,
+        "--output_dir", tmp_path / "save"]
     for device in ("cpu", "auto"):
         printed = commands.succeed("--device", device, *flags, small=SMALL, env=env)
         assert "Device: cpu x 1" in printed

@@ -4,8 +4,8 @@ import argparse
 import pytest
 import torch
 
-from evo_vit import compat
-from runtime.optimizer import build_optimizer, load_optimizer_state
+from runtime.learning.optimizer import build_optimizer, load_optimizer_state
+from runtime.machine.versions import fused_adamw
 
 ARGS = argparse.Namespace(opt="adamw", lr=0.1, weight_decay=0.0, opt_eps=1e-8, opt_betas=None, momentum=0.9)
 
@@ -46,5 +46,5 @@ def test_a_state_of_an_optimiser_that_is_not_fused_leaves_the_update_fused():
     for moments in state["state"].values():
         moments["step"] = 2  # as PyTorch 1.5 writes it
     resumed, optimizer = trained(1, True, state)
-    assert all(group.get("fused") is compat.fused_adamw("cpu").get("fused") for group in optimizer.param_groups)
+    assert all(group.get("fused") is fused_adamw("cpu").get("fused") for group in optimizer.param_groups)
     assert torch.allclose(resumed.weight, trained(1, True, trained(2, True)[1].state_dict())[0].weight, rtol=1e-6)

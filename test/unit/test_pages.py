@@ -6,8 +6,10 @@ import shutil
 import pytest
 from PIL import Image
 
+import report
 import visualize
-from runtime import report
+
+pytestmark = pytest.mark.once
 
 FLAGS = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
          "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1250,1000")
@@ -17,7 +19,8 @@ DRIVER = shutil.which("chromedriver")
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (the current line's tests have it)")
+    webdriver = pytest.importorskip("selenium.webdriver",
+     reason="selenium is not installed (the current line's tests have it)")
     if not CHROMIUM or not DRIVER:
         pytest.skip("there is no Chromium with its driver (Debian: apt-get install chromium chromium-driver)")
     from selenium.webdriver.chrome.service import Service
@@ -32,17 +35,19 @@ def browser(tmp_path_factory):
 
 
 def open_page(browser, path, screenshot):
-    """Opens a page, which must load without a word in the console and fetch nothing; returns [(alt, width, height)] of its
-    pictures as they are drawn. The whole page's screenshot goes to the file `screenshot`."""
+    """Opens a page, which must load without a word in the console and fetch nothing; returns [(alt, width, height)] of
+    its pictures as they are drawn. The whole page's screenshot goes to the file `screenshot`."""
     browser.get_log("browser")
     browser.get("file://" + str(path))
     assert browser.get_log("browser") == []
-    assert browser.execute_script("return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length") == 0
+    assert browser.execute_script(
+        "return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length") == 0
     height = browser.execute_script("return document.documentElement.scrollHeight")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 1250
     browser.set_window_size(1250, min(height + 200, 8000))
     browser.save_screenshot(str(screenshot))
-    return browser.execute_script("return Array.from(document.images).map(i => [i.alt, i.complete ? i.naturalWidth : 0, i.clientHeight])")
+    return browser.execute_script(
+        "return Array.from(document.images).map(i => [i.alt, i.complete ? i.naturalWidth : 0, i.clientHeight])")
 
 
 def colours(screenshot):
@@ -51,10 +56,12 @@ def colours(screenshot):
 
 
 def test_the_page_of_tokens(browser, student, tmp_path):
-    visualize.main(["--resume", os.path.join(student[0], "best_checkpoint.pth"), "--count", "3", "--output_dir", str(tmp_path)])
+    visualize.main(["--resume", os.path.join(student[0], "best_checkpoint.pth"),
+                   "--count", "3", "--output_dir", str(tmp_path)])
     pictures = open_page(browser, tmp_path / "index.html", tmp_path / "tokens.png")
     assert len(pictures) == 6 and all(width > 500 and height > 200 for _, width, height in pictures)
-    assert [alt.split(":")[0] for alt, _, _ in pictures][:2] == ["0 (class digit0), stage-wise", "0 (class digit0), layer-wise"]
+    assert [alt.split(":")[0] for alt, _, _ in pictures][:2] == [
+                      "0 (class digit0), stage-wise", "0 (class digit0), layer-wise"]
     assert colours(tmp_path / "tokens.png") > 500
 
 

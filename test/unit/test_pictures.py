@@ -10,11 +10,14 @@ from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
-from datasets import build_dataset, build_train_sampler, build_transform
-from evo_vit import compat
-from runtime import pictures
-from runtime.pictures import DraftCrop, EvaluationView, ToBytes, TrainingView, collate, normalize
-from runtime.randomness import drawing_from
+from datasets import Augmentation, build_dataset, build_transform
+from runtime.machine.images import normalize
+from runtime.machine.randomness import drawing_from
+from runtime.machine.versions import interpolation
+from runtime.pictures import reading
+from runtime.pictures.batches import EvaluationView, ToBytes, TrainingView, collate
+from runtime.pictures.reading import DraftCrop
+from samplers import build_train_sampler
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def timms(is_train, size):
     """What DeiT's build_transform makes: PIL image -> normalised and perhaps erased tensor (3, size, size)."""
     normalization = transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     if not is_train:
-        return transforms.Compose([transforms.Resize(int(256 / 224 * size), compat.interpolation("bicubic")),
+        return transforms.Compose([transforms.Resize(int(256 / 224 * size), interpolation("bicubic")),
                                    transforms.CenterCrop(size), transforms.ToTensor(), normalization])
     transform = create_transform(input_size=size, is_training=True, color_jitter=0.4,
                                  auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic", re_prob=0.9,
@@ -48,7 +51,7 @@ def timms(is_train, size):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_training_batches_equal_timms_bit_for_bit(photos, channels_last):
-    ours = build_transform(True, "IMNET", 96, reprob=0.9, recount=2)
+    ours = build_transform(True, "IMNET", 96, Augmentation(reprob=0.9, recount=2))
     view = TrainingView(build_dataset(True, "IMNET", photos, ours))
     draws = [(index % 4, 100 + index) for index in range(12)]
     batch = collate([view[draw] for draw in draws])
@@ -78,7 +81,8 @@ def test_erased_areas_equal_timms_in_every_mode(mode):
         with drawing_from(seed):
             item = ToBytes(erasing)(Image.fromarray(pixels))
         with drawing_from(seed):
-            expected = erasing(normalize(collate([((torch.from_numpy(pixels), []), 0, 0, [])])[0], torch.device("cpu"))[0])
+            expected = erasing(normalize(collate([((torch.from_numpy(pixels), []), 0, 0, [])])[
+                               0], torch.device("cpu"))[0])
         assert torch.equal(normalize(collate([(item, 0, 0, [])])[0], torch.device("cpu"))[0], expected)
 
 
@@ -86,15 +90,15 @@ def test_draft_decoding_takes_the_same_crops_from_nearly_the_same_picture(photos
     path = os.path.join(photos, "train", "class0", "large.jpg")
     crop = create_transform(input_size=48, is_training=True, auto_augment=None, hflip=0.0, color_jitter=None,
                             interpolation="bicubic").transforms[0]
-    picture, smaller = pictures.load_picture(path), 0
-    decode = pictures._decode
+    picture, smaller = reading.load_picture(path), 0
+    decode = reading._decode
 
     def counted(lazy):
         nonlocal smaller
         smaller += lazy.size != picture.size
         return decode(lazy)
 
-    pictures._decode = counted
+    reading._decode = counted
     try:
         for seed in range(20):
             random.seed(seed)
@@ -105,14 +109,14 @@ def test_draft_decoding_takes_the_same_crops_from_nearly_the_same_picture(photos
             # the same place: the next crop of this photograph differs by ten times as much
             assert np.abs(full - draft).mean() < 4, seed
     finally:
-        pictures._decode = decode
+        reading._decode = decode
     assert smaller > 10
 
 
 def test_a_picture_is_decoded_once_for_its_repeated_augmentations(photos, monkeypatch):
     opened = []
-    load = pictures.load_picture
-    monkeypatch.setattr(pictures, "load_picture", lambda path: opened.append(path) or load(path))
+    load = reading.load_picture
+    monkeypatch.setattr(reading, "load_picture", lambda path: opened.append(path) or load(path))
     dataset = build_dataset(True, "IMNET", photos, build_transform(True, "IMNET", 64))
     sampler = build_train_sampler(dataset, 4, 0, 1)
     view = TrainingView(dataset)

@@ -4,17 +4,21 @@ import copy
 import pytest
 import timm
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import build, fill, images, load_arrays, load_json, relative_error
 from timm.loss import SoftTargetCrossEntropy
 
-from engine import train_step
-from evo_vit import compat
+from bench.plain import PlainEvoLeViT, PlainTraining
+from engine import Learner
+from evo_vit import ops
 from losses import DistillationLoss
-from plain import PlainEvoLeViT, PlainTraining
-from reference import build, fill, images, load_arrays, load_json, relative_error
-from runtime.clip import clip_gradients
-from runtime.ema import ModelEma
-from runtime.teacher import CPU_CHUNK, Teacher
+from runtime.learning.average import ModelEma
+from runtime.learning.clipping import clip_gradients
+from runtime.learning.teacher import CPU_CHUNK, Teacher, View, fold_batch_norms
+from runtime.machine.compiling import can_compile, compile_module, frozen_weights
+from runtime.machine.machine import Machine
+from runtime.machine.versions import fused_adamw, has_autocast
 
 MODES = [(True, True), (True, False), (False, False), (False, True)]
 
@@ -58,8 +62,8 @@ def test_attention_in_chunks_is_attention(monkeypatch):
     q, k, v = (torch.randn(3, 4, n, d, dtype=torch.float64, requires_grad=True) for n, d in ((9, 8), (12, 8), (12, 16)))
     results = []
     for chunk in (2 ** 21, 200):  # 200: one head of one image at a time, the last chunk as full as the others
-        monkeypatch.setattr(compat, "ATTENTION_CHUNK", chunk)
-        x, class_attn = compat.attention(q, k, v, 0.3)
+        monkeypatch.setattr(ops, "ATTENTION_CHUNK", chunk)
+        x, class_attn = ops.attention(q, k, v, 0.3)
         (x.pow(2).sum() + class_attn.pow(3).sum()).backward()
         results.append([x.detach(), class_attn.detach()] + [t.grad for t in (q, k, v)])
         for t in (q, k, v):
@@ -76,13 +80,14 @@ def test_steps_give_the_weights_and_the_average_of_the_plain_step(mode):
     criterion = DistillationLoss(SoftTargetCrossEntropy(), teacher, "cls", 0.5, 1.0)
     model, plain = copy.deepcopy(start), copy.deepcopy(start)
     groups = lambda m: [dict(params=list(m.parameters()), lr=1e-3, weight_decay=0.025)]  # noqa: E731
-    optimizer = torch.optim.AdamW(groups(model), **compat.fused_adamw("cpu"))
+    optimizer = torch.optim.AdamW(groups(model), **fused_adamw("cpu"))
     ema = ModelEma(model, 0.9)
+    learner = Learner(model, criterion, optimizer, Machine(torch.device("cpu")), 0.01, "agc", ema)
     training = PlainTraining(plain, criterion, groups(plain), decay=0.9)
     for step in range(3):
         x = images(64, batch=8, seed=step)
         labels = torch.nn.functional.one_hot((torch.arange(8) + step) % 10, 10).double()
-        loss = train_step(model, criterion, [(x, labels, None)], optimizer, 0.01, "agc", ema)
+        loss = learner.update([(x, labels, None)])
         assert abs(loss / training.step(x, labels) - 1) < 1e-9
     for (name, p), q in zip(model.named_parameters(), plain.parameters()):
         assert (p - q).abs().max() < 1e-8, name
@@ -91,7 +96,8 @@ def test_steps_give_the_weights_and_the_average_of_the_plain_step(mode):
 
 
 @settings(deadline=None, max_examples=20)
-@given(seed=st.integers(0, 10 ** 6), limit=st.sampled_from([0.01, 0.3, 10.0]), scale=st.sampled_from([1e-4, 1.0, 100.0]))
+@given(seed=st.integers(0, 10 ** 6),
+       limit=st.sampled_from([0.01, 0.3, 10.0]), scale=st.sampled_from([1e-4, 1.0, 100.0]))
 def test_adaptive_clipping_is_timms_bit_for_bit(seed, limit, scale):
     from timm.utils.agc import adaptive_clip_grad
     generator = torch.Generator().manual_seed(seed)
@@ -117,12 +123,14 @@ def test_a_folded_teacher_in_chunks_gives_the_logits_of_timms_model():
     x = images(64, batch=CPU_CHUNK + 3).float()
     expected = model(x)
     for channels_last in (False, True):
-        teacher = Teacher(copy.deepcopy(model), channels_last=channels_last).train()
+        folded = copy.deepcopy(model)
+        fold_batch_norms(folded, x[:1])
+        teacher = Teacher(folded, channels_last=channels_last).train()
         assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()) and not teacher.training
         assert relative_error(teacher(x), expected) < 1e-5
     small = torch.nn.functional.interpolate(x, size=(48, 48), mode="bilinear", align_corners=False)
-    assert relative_error(Teacher(copy.deepcopy(model), input_size=48)(x), model(small)) < 1e-5
-    if hasattr(torch, "bfloat16") and compat.has_autocast("cpu"):
+    assert relative_error(Teacher(copy.deepcopy(model), View(48))(x), model(small)) < 1e-5
+    if hasattr(torch, "bfloat16") and has_autocast("cpu"):
         logits = Teacher(copy.deepcopy(model), dtype=torch.bfloat16)(x)
         assert logits.dtype == torch.float32 and relative_error(logits, expected) < 0.1
 
@@ -138,7 +146,7 @@ def test_what_has_no_weight_is_not_computed():
     assert DistillationLoss(SoftTargetCrossEntropy(), never, "cls", 0.5, 1.0)(None, outputs, labels, taught).item() > 0
 
 
-@pytest.mark.skipif(not compat.can_compile(), reason="this PyTorch does not compile modules")
+@pytest.mark.skipif(not can_compile(), reason="this PyTorch does not compile modules")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("mode", MODES[::2])
 def test_the_model_compiles_without_a_graph_break(training, mode):
@@ -152,11 +160,11 @@ def test_the_model_compiles_without_a_graph_break(training, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not compat.can_compile(), reason="this PyTorch does not compile modules")
+@pytest.mark.skipif(not can_compile(), reason="this PyTorch does not compile modules")
 def test_a_compiled_model_computes_the_same_in_both_modes():
     model = build("EvoLeViT_128S", gain=1.0, num_classes=10, img_size=64).float()
     compiled = copy.deepcopy(model)
-    compat.compile_module(compiled, "cpu")
+    compile_module(compiled, "cpu")
     x = images(64, batch=4).float()
     for training, mode in ((False, MODES[0]), (True, MODES[2])):
         for m in (model, compiled):
@@ -168,17 +176,17 @@ def test_a_compiled_model_computes_the_same_in_both_modes():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not compat.can_compile(), reason="this PyTorch does not compile modules")
+@pytest.mark.skipif(not can_compile(), reason="this PyTorch does not compile modules")
 def test_frozen_weights_are_built_into_each_compiled_model():
     models = [build("EvoLeViT_128S", gain=1.0, num_classes=10, img_size=64).float().fuse().eval() for _ in range(2)]
     models[1].head.weight.data.mul_(3.0)
-    compiled = [compat.compile_module(copy.deepcopy(model), "cpu", frozen=True) for model in models]
+    compiled = [compile_module(copy.deepcopy(model), "cpu", frozen=True) for model in models]
     for batch in (4, 1, 3):
         x = images(64, batch=batch).float()
-        with torch.no_grad(), compat.frozen_weights("cpu"):
+        with torch.no_grad(), frozen_weights("cpu"):
             for model, frozen in zip(models, compiled):
                 assert relative_error(frozen(x), model(x)) < 1e-4
     with torch.no_grad():
         compiled[0].head.weight.zero_()
-        with compat.frozen_weights("cpu"):  # what makes it fast: it looks no more at the weights
+        with frozen_weights("cpu"):  # what makes it fast: it looks no more at the weights
             assert relative_error(compiled[0](x), models[0](x)) < 1e-4

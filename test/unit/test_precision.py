@@ -5,9 +5,9 @@ import types
 import pytest
 import torch
 
-from runtime import precision
 from runtime.errors import UserError
-from runtime.precision import build_precision, parse_loss_scale
+from runtime.machine import precision
+from runtime.machine.precision import build_precision, parse_loss_scale
 
 CPU = torch.device("cpu")
 CARD = types.SimpleNamespace(type="cuda")  # nothing is computed on it
@@ -84,7 +84,8 @@ def test_the_torch_1_5_of_a_server_needs_apex(monkeypatch):
     """Its torch.npu has no amp."""
     monkeypatch.setattr(torch, "npu", types.SimpleNamespace(), raising=False)
     monkeypatch.setattr(precision, "_import_apex", lambda: None)
-    with pytest.raises(UserError, match="no mixed precision of its own on the npu; install apex, or use --opt-level O0"):
+    with pytest.raises(UserError,
+            match="no mixed precision of its own on the npu; install apex, or use --opt-level O0"):
         build_precision(types.SimpleNamespace(type="npu"))
 
 

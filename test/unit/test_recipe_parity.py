@@ -6,17 +6,19 @@ import numpy as np
 import pytest
 import timm
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import build, load_json, relative_error
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer
 from timm.scheduler import create_scheduler
 
-from datasets import RASampler, ShardSampler, TrainingBatchSampler
-from engine import train_step
+from engine import Learner
+from flags import get_args_parser
 from losses import DistillationLoss
-from main import get_args_parser
-from reference import build, load_json, relative_error
-from runtime.models import apply_token_schedule
+from runtime.learning.models import apply_token_schedule
+from runtime.machine.machine import Machine
+from samplers import RASampler, ShardSampler, TrainingBatchSampler
 
 
 def published_args(**changes):
@@ -114,6 +116,7 @@ def test_twelve_training_steps_follow_the_published_trajectory():
     scheduler, _ = create_scheduler(args, optimizer)
     logits = {}
     criterion = DistillationLoss(SoftTargetCrossEntropy(), lambda images: logits["teacher"], "cls", 0.5, 1.0)
+    learner = Learner(model, criterion, optimizer, Machine(torch.device("cpu")), args.clip_grad, args.clip_mode)
     rates, seen = [], []
     for epoch in range(facts["epochs"]):
         apply_token_schedule(model, epoch, 0, stage_wise_epoch=2)
@@ -124,7 +127,7 @@ def test_twelve_training_steps_follow_the_published_trajectory():
             labels = torch.from_numpy(random.randint(0, 10, 8)).long()
             logits["teacher"] = torch.from_numpy(random.standard_normal((8, 10)))
             soft = 0.9 * torch.nn.functional.one_hot(labels, 10).double() + 0.01
-            seen.append(train_step(model, criterion, [(images, soft, None)], optimizer, args.clip_grad, args.clip_mode))
+            seen.append(learner.update([(images, soft, None)]))
         scheduler.step(epoch)
     assert np.allclose(rates, facts["lr_in_epoch"], rtol=1e-9)
     assert relative_error(seen, facts["losses"]) < 1e-6

@@ -6,14 +6,13 @@ import subprocess
 import sys
 import time
 
+import commands
+import kill_and_resume
 import pytest
 import torch
 
-import commands
-import kill_and_resume
-
-FAST = ["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--model", "EvoLeViT_128S", "--distillation-type",
-        "none", "--no-repeated-aug", "--lr", "0.01", "--model-ema-decay", "0.9"]
+FAST = ["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--model", "EvoLeViT_128S",
+    "--distillation-type", "none", "--no-repeated-aug", "--lr", "0.01", "--model-ema-decay", "0.9"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the same number in every process whose results are compared
 
 
@@ -22,32 +21,45 @@ def forty_digits(tmp_path_factory):
     return commands.write_digits(tmp_path_factory.mktemp("forty"), classes=10, train=4, val=2)
 
 
+@pytest.fixture(scope="module")
+def damaged_digits(tmp_path_factory):
+    """Forty digits, and four files among them that cannot be decoded."""
+    folder = commands.write_digits(tmp_path_factory.mktemp("damaged"), classes=10, train=4, val=2)
+    for digit in (1, 4, 6, 9):
+        with open(os.path.join(folder, "train", "digit{}".format(digit), "0-damaged.png"), "wb") as f:
+            f.write(b"no picture")
+    return folder
+
+
 @pytest.mark.parametrize("processes, kills", [
-    (1, 6), pytest.param(2, 25, marks=pytest.mark.slow), pytest.param(1, 60, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_instants_ends_bit_for_bit_like_an_uninterrupted_one(processes, kills, forty_digits, tmp_path):
-    code, out, err = commands.run([sys.executable, os.path.join(os.path.dirname(__file__), "kill_and_resume.py"), tmp_path,
-                                   forty_digits, processes, kills, 5], env={"OMP_NUM_THREADS": "1"}, timeout=1800)
+    (1, 4), pytest.param(2, 25, marks=pytest.mark.slow), pytest.param(1, 25, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_instants_ends_bit_for_bit_like_an_uninterrupted_one(
+    processes, kills, damaged_digits, tmp_path):
+    code, out, err = commands.helper("kill_and_resume", tmp_path, damaged_digits, processes, kills, 5,
+                                     env={"OMP_NUM_THREADS": "1"}, timeout=1800)
     assert code == 0, out + err
     report = json.loads(out.splitlines()[-1])
     print(report)
     assert report["killed"] == kills and report["epochs"] == 3 and report["different"] == []
+    assert report["damaged"][0] <= report["damaged"][1] <= report["damaged"][2] == 4 and report["left_out"] >= 2
     assert report["inside_a_write"] >= kills // 3  # half of them aim at one
 
 
 def test_the_comparison_of_two_ends_sees_every_difference():
     one = {"a": torch.zeros(3), "b": [{"epoch": 1, "seconds": 5}], "c": 0.1}
     assert kill_and_resume.differences(one, {"a": torch.zeros(3), "b": [{"epoch": 1, "seconds": 6}], "c": 0.1}) == []
-    assert kill_and_resume.differences(one, {"a": torch.tensor([0, 0, 1e-45]), "b": [{"epoch": 2}], "c": 0.1 + 1e-16 * 2}) != []
-    for other in (dict(one, a=torch.tensor([0, 0, 1e-45])), dict(one, b=[{"epoch": 2}]), dict(one, c=0.2), dict(one, d=1)):
+    assert kill_and_resume.differences(one, {"a": torch.tensor(
+        [0, 0, 1e-45]), "b": [{"epoch": 2}], "c": 0.1 + 1e-16 * 2}) != []
+    for other in (dict(one, a=torch.tensor([0, 0, 1e-45])),
+                  dict(one, b=[{"epoch": 2}]), dict(one, c=0.2), dict(one, d=1)):
         assert len(kill_and_resume.differences(one, other)) == 1
 
 
 def begin(out, data, *flags):
     """A run in the background, once it has begun its first epoch's updates."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", commands.MAIN] + FAST + ["--batch-size", "8", "--data_path", data, "--output_dir", str(out)] +
-        [str(flag) for flag in flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
-        env=dict(os.environ, **ONE_THREAD))
+    process = subprocess.Popen([sys.executable, "-u", commands.MAIN] + FAST + ["--batch-size", "8", "--data_path", data,
+         "--output_dir", str(out)] + [str(flag) for flag in flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+         universal_newlines=True, env=dict(os.environ, **ONE_THREAD))
     end = time.time() + 120
     while time.time() < end and not (out / "log.txt").exists():
         assert process.poll() is None, process.communicate()
@@ -69,12 +81,13 @@ def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on_exactly(forty_digits
     assert out.splitlines()[-1] == "Stopped as asked; to go on: the same command with --resume auto"
     stopped = torch.load(str(tmp_path / "out" / "checkpoint.pth"), map_location="cpu")
     assert stopped["epoch"] < 6
-    code, printed, err = commands.run([sys.executable, commands.MAIN] + FAST + ["--batch-size", 8, "--data_path", forty_digits,
-                                      "--output_dir", tmp_path / "out", "--resume", "auto"] + flags, env=ONE_THREAD)
+    code, printed, err = commands.run([sys.executable, commands.MAIN] + FAST + ["--batch-size", 8, "--data_path",
+         forty_digits, "--output_dir", tmp_path / "out", "--resume", "auto"] + flags, env=ONE_THREAD)
     assert code == 0 and "Resuming " in printed, printed + err
     assert kill_and_resume.differences(*[kill_and_resume.ends(str(tmp_path / name)) for name in ("out", "whole")]) == []
 
 
+@pytest.mark.once
 def test_sigusr1_saves_and_goes_on(forty_digits, tmp_path):
     out = tmp_path / "out"
     process = begin(out, forty_digits, "--epochs", 5000, "--save-every-minutes", 1000)
@@ -100,7 +113,7 @@ def test_sigusr1_saves_and_goes_on(forty_digits, tmp_path):
 
 
 def test_a_second_signal_stops_at_once_unless_it_is_the_first_passed_on(monkeypatch):
-    from runtime import control
+    from runtime.keeping import control
     exits, now = [], [100.0]
     monkeypatch.setattr(control.os, "_exit", exits.append)
     monkeypatch.setattr(control.time, "monotonic", lambda: now[0])
@@ -119,6 +132,7 @@ def test_a_second_signal_stops_at_once_unless_it_is_the_first_passed_on(monkeypa
         signal.signal(signal.SIGINT, handler)
 
 
+@pytest.mark.once
 def test_a_damaged_newest_checkpoint_gives_way_to_the_older_one(forty_digits, tmp_path):
     flags = FAST + ["--batch-size", 8, "--data_path", forty_digits, "--output_dir", tmp_path]
     code, _, err = commands.run([sys.executable, commands.MAIN] + flags + ["--epochs", 3])
@@ -148,22 +162,26 @@ def test_resume_auto_starts_where_there_is_nothing_yet(forty_digits, tmp_path):
     assert code == 0 and "holds no checkpoint yet, so training starts" in out, err
 
 
+@pytest.mark.once
 def test_another_number_of_processes_goes_on_from_the_same_update(forty_digits, tmp_path):
     flags = FAST + ["--data_path", forty_digits, "--output_dir", tmp_path, "--save-every-steps", 1]
-    code, out, err = commands.run([sys.executable, commands.MAIN] + flags + ["--batch-size", 8, "--epochs", 2, "--max-steps", 3])
+    code, out, err = commands.run([sys.executable, commands.MAIN] + flags + \
+                                  ["--batch-size", 8, "--epochs", 2, "--max-steps", 3])
     assert code == 0, err
     os.remove(str(tmp_path / "checkpoint.pth"))  # the end of the run; what stays is the save after update 3
     assert torch.load(str(tmp_path / "checkpoint.previous.pth"))["progress"]["images"] == 24
     launch = list(commands.launchers(2).values())[0]
-    code, out, err = commands.run(launch + [commands.MAIN] + flags + ["--batch-size", 4, "--epochs", 1, "--resume", "auto"])
+    code, out, err = commands.run(launch + [commands.MAIN] + flags + \
+                                  ["--batch-size", 4, "--epochs", 1, "--resume", "auto"])
     assert code == 0, out + err
     assert "written by 1 processes, this run has 2: it sees the same images" in out and "image 24" in out
 
 
+@pytest.mark.once
 def test_a_loss_that_is_not_finite_stops_all_processes_and_names_the_files(forty_digits, tmp_path):
     launch = list(commands.launchers(2).values())[0]
-    flags = FAST + ["--data_path", forty_digits, "--batch-size", 8, "--epochs", 30, "--warmup-epochs", 0, "--clip-grad", 0,
-                    "--lr", 1e30]
+    flags = FAST + ["--data_path", forty_digits, "--batch-size", 8,
+        "--epochs", 30, "--warmup-epochs", 0, "--clip-grad", 0, "--lr", 1e30]
     code, out, err = commands.run(launch + [commands.MAIN] + flags + ["--output_dir", tmp_path / "out"])
     assert code != 0 and err.count("error: training stopped: the loss ") == 2, err
     assert "Traceback (most recent call last):\n  File \"{}\"".format(commands.MAIN) not in err
@@ -172,9 +190,22 @@ def test_a_loss_that_is_not_finite_stops_all_processes_and_names_the_files(forty
             report = json.load(f)
         assert report["lr"] > 1e20 and report["loss_scale"] is None and len(report["files"]) == 8
         assert all(os.path.exists(path) for path in report["files"])
-    code, out, err = commands.run([sys.executable, commands.MAIN] + flags + ["--output_dir", tmp_path / "skip", "--max-steps", 6,
-                                  "--skip-nonfinite", 100])
+    code, out, err = commands.run([sys.executable, commands.MAIN] + flags + ["--output_dir",
+                                  tmp_path / "skip", "--max-steps", 6, "--skip-nonfinite", 100])
     assert code == 0 and "Left out update" in err
+
+
+def test_a_report_that_cannot_be_written_is_no_traceback(tmp_path):
+    """As on a full disk: the sentence on the loss stays."""
+    from runtime.errors import NonFiniteLoss
+    from runtime.keeping.output import explained
+    error = NonFiniteLoss("the loss is inf")
+    error.report = {"epoch": 1, "update": 2, "lr": 0.1, "loss_scale": None, "files": ["a.png"]}
+    told = str(explained(error, str(tmp_path), 3))
+    assert "the loss is inf in epoch 1, update 2" in told and "nonfinite-3.json names the files" in told
+    assert json.loads((tmp_path / "nonfinite-3.json").read_text())["files"] == ["a.png"]
+    told = str(explained(error, str(tmp_path / "none"), 0))
+    assert "the loss is inf in epoch 1" in told and "could not be written" in told and "\n" not in told
 
 
 def test_a_stuck_process_ends_the_job_within_the_timeout(forty_digits, tmp_path):
@@ -186,10 +217,9 @@ def test_a_stuck_process_ends_the_job_within_the_timeout(forty_digits, tmp_path)
     for rank in range(2):
         env = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-        processes.append(subprocess.Popen(
-            [sys.executable, commands.MAIN] + FAST + ["--batch-size", "4", "--data_path", forty_digits, "--epochs", "5000",
-             "--dist-timeout", "0.1", "--output_dir", str(tmp_path / "out")], env=env, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, universal_newlines=True))
+        processes.append(subprocess.Popen([sys.executable, commands.MAIN] + FAST + ["--batch-size", "4", "--data_path",
+             forty_digits, "--epochs", "5000", "--dist-timeout", "0.1", "--output_dir", str(tmp_path / "out")], env=env,
+             stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True))
     try:
         end = time.time() + 120
         while time.time() < end and not (tmp_path / "out" / "checkpoint.pth").exists():

@@ -4,13 +4,18 @@ import os
 import shutil
 from multiprocessing.pool import ThreadPool
 
+import commands
 import numpy as np
 import pytest
 import torch
 
-import commands
 import main
-from runtime.teacher_labels import LabelWriter
+from runtime.keeping.state import Done
+from runtime.keeping.teacher_labels import LabelWriter, TeacherLabels
+from runtime.pictures.batches import TrainingView, collate
+from samplers import Feed, build_train_sampler
+
+pytestmark = pytest.mark.once
 
 RECIPE = ["--model", "EvoLeViT_128S", "--teacher-model", "regnety_002"]
 
@@ -37,8 +42,8 @@ def test_stored_labels_give_the_losses_of_the_live_teacher(labels, digit_folder,
     live, stored = tmp_path / "live", tmp_path / "stored"
     commands.succeed("--data-path", digit_folder, "--teacher-path", teacher, "--epochs", 2, "--stage-wise-epoch", 1,
                      "--output_dir", live, *RECIPE)
-    printed = commands.succeed("--data-path", digit_folder, "--teacher-labels", labels, "--epochs", 4, "--stage-wise-epoch",
-                               1, "--output_dir", stored, "--teacher-path", os.path.basename(teacher), *RECIPE)
+    printed = commands.succeed("--data-path", digit_folder, "--teacher-labels", labels, "--epochs", 4,
+         "--stage-wise-epoch", 1, "--output_dir", stored, "--teacher-path", os.path.basename(teacher), *RECIPE)
     assert "Teacher labels: 2 epochs" in printed
     # the schedules differ with the number of epochs, but not before the first warm-up epochs are over
     assert losses(stored)[:2] == pytest.approx(losses(live), abs=1e-6)
@@ -66,9 +71,9 @@ def test_labels_of_two_processes_serve_one_process_that_accumulates(digit_folder
                      "--teacher-path", os.path.basename(teacher), "--output_dir", tmp_path / "out", *RECIPE)
     cut = str(folder / "epoch-0000-replica-0001.npy")
     os.truncate(cut, 200)  # what the second process alone stumbles over is told all the same
-    code, out, err = commands.run(launch + [commands.MAIN] + commands.SMALL + [
-        "--data-path", digit_folder, "--teacher-labels", folder, "--epochs", 1, "--teacher-path", os.path.basename(teacher),
-        "--output_dir", tmp_path / "cut"] + RECIPE)
+    code, out, err = commands.run(launch + [commands.MAIN] + commands.SMALL + ["--data-path", digit_folder,
+         "--teacher-labels", folder, "--epochs", 1, "--teacher-path", os.path.basename(teacher), "--output_dir",
+         tmp_path / "cut"] + RECIPE)
     assert code != 0 and "process 1: error: --teacher-labels: {} ".format(cut) in err, out + err
 
 
@@ -83,13 +88,33 @@ def test_one_process_writes_the_settings(tmp_path):
         shutil.rmtree(folder)
 
 
+def test_the_crop_epoch_is_decided_in_one_place(tmp_path):
+    """Images, seeds and labels of a training epoch beyond the stored ones are those of one stored epoch."""
+    settings = {"distillation_type": "hard", "num_classes": 10, "replicas": 2, "batch_size": 4}
+    writer = LabelWriter(str(tmp_path), settings)
+    for epoch in range(3):
+        for replica in range(2):
+            writer.write(epoch, replica, [torch.full((8,), 3 * epoch + replica)])
+    data = [((torch.zeros(2, 2, 3, dtype=torch.uint8), []), 0)] * 16
+    sampler = build_train_sampler(data, 4, 0, 1, accum_steps=2, repeated_aug=False)
+    loader = torch.utils.data.DataLoader(TrainingView(data), batch_sampler=sampler, collate_fn=collate)
+    feed, plain = Feed(loader, sampler, labels=TeacherLabels(str(tmp_path), settings)), Feed(loader, sampler)
+    for epoch, stored in ((1, 1), (3, 0), (5, 2)):
+        seen = [(number, [(b.indices.tolist(), b.seed, b.taught.tolist()) for b in batches])
+                for number, batches in feed.updates(epoch)]
+        expected = [(number, [(b.indices.tolist(), b.seed, [3 * stored + replica] * 4) for replica,
+            b in enumerate(batches)]) for number, batches in plain.updates(stored)]
+        assert seen == expected and len(seen) == 2
+        assert [number for number, _ in feed.updates(epoch, Done(1))] == [1]
+
+
 @pytest.mark.slow
 def test_soft_labels_are_stored_as_logits(digit_folder, teacher, tmp_path):
     soft = ["--distillation-type", "soft", "--distillation-tau", 3, "--epochs", 1]
     write(digit_folder, teacher, tmp_path / "labels", *soft)
     assert np.load(str(tmp_path / "labels" / "epoch-0000-replica-0000.npy")).shape == (256, 10)
-    for name, flags in (("live", ["--teacher-path", teacher]), ("stored", ["--teacher-labels", tmp_path / "labels",
-                                                                           "--teacher-path", os.path.basename(teacher)])):
+    for name, flags in (("live", ["--teacher-path", teacher]), ("stored", ["--teacher-labels",
+                        tmp_path / "labels", "--teacher-path", os.path.basename(teacher)])):
         commands.succeed("--data-path", digit_folder, "--output_dir", tmp_path / name, *RECIPE + soft + flags)
     assert losses(tmp_path / "live") == pytest.approx(losses(tmp_path / "stored"), abs=1e-6)
 

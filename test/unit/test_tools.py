@@ -1,4 +1,4 @@
-"""The tools around main.py as their users call them: predict.py, visualize.py, runtime.report, --tensorboard."""
+"""The tools around main.py as their users call them: predict.py, visualize.py, report.py, --tensorboard."""
 import base64
 import json
 import os
@@ -6,22 +6,24 @@ import re
 import shutil
 import sys
 
+import commands
 import numpy as np
 import pytest
 import torch
 
-import commands
 import main as recipe
 import predict
+import report
 import visualize
 from datasets import build_transform
 from evo_vit import EvoLeViT
-from runtime import report
-from runtime.checkpoint import load_checkpoint
-from runtime.gallery import Picture, photographs, to_batch
-from runtime.models import build_model
-from runtime.pictures import load_picture
-from runtime.restore import restore_model
+from runtime.keeping.checkpoint import load_checkpoint
+from runtime.keeping.restore import restore_evo
+from runtime.learning.models import build_model
+from runtime.pictures.gallery import Picture, photographs, to_batch
+from runtime.pictures.reading import load_picture
+
+pytestmark = pytest.mark.once
 
 
 @pytest.fixture
@@ -57,11 +59,11 @@ def pictures(digit_folder, tmp_path):
 # ------------------------------------------------------------------------------------------------- restoring
 
 def test_a_checkpoint_says_its_model_size_classes_and_mode(checkpoint):
-    restored = restore_model(checkpoint)
+    restored = restore_evo(checkpoint)
     saved = load_checkpoint(checkpoint, "it")
     assert (restored.name, restored.input_size, restored.data_set) == ("EvoLeViT_128S", 64, "IMNET")
     assert restored.classes == ["digit{}".format(digit) for digit in range(10)]
-    assert restored.mode == ("layer-wise", "stage-wise")[saved["epoch"]] and not restored.model.training
+    assert restored.mode == ("layer-wise", "stage-wise")[saved.content["epoch"]] and not restored.model.training
     assert restored.model.stage_wise == (restored.mode == "stage-wise")
 
 
@@ -70,7 +72,7 @@ def test_a_published_checkpoint_needs_its_models_name(tmp_path, refused):
     path = str(tmp_path / "published.pth")
     torch.save({"model": model.state_dict()}, path)
     assert "does not say which model it holds; add --model NAME" in refused(predict.main, "x.png", "--resume", path)
-    restored = restore_model(path, "EvoLeViT_128S", 64)
+    restored = restore_evo(path, "EvoLeViT_128S", 64)
     assert restored.classes[9] == "class 9" and restored.mode == "stage-wise"
     assert "does not fit EvoLeViT_128S at this size" in refused(
         predict.main, "x.png", "--resume", path, "--model", "EvoLeViT_128S")
@@ -78,7 +80,7 @@ def test_a_published_checkpoint_needs_its_models_name(tmp_path, refused):
 
 def test_checkpoints_of_other_models_are_refused_by_every_tool(teacher, refused):
     for tool, arguments in ((predict.main, ["x.png"]), (visualize.main, ["x.png"])):
-        assert "holds the model regnety_002, and this is for trained Evo-LeViT models" in refused(
+        assert "holds the model regnety_002, and this is for trained Evo-LeViT and Evo-DeiT models" in refused(
             tool, *(arguments + ["--resume", teacher]))
         assert "holds another model" in refused(tool, *(arguments + ["--resume", teacher, "--model", "EvoLeViT_128S"]))
         assert "there is no file nowhere.pth" in refused(tool, *(arguments + ["--resume", "nowhere.pth"]))
@@ -93,7 +95,7 @@ def test_predict_names_classes_with_the_models_probabilities(checkpoint, picture
     said = [json.loads(line) for line in captured.out.splitlines()]
     assert "broken.png" in captured.err and captured.err.count("\n") == 1
     assert [os.path.basename(one["picture"]) for one in said] == ["1.png", "3.png", "5.png", "7.png"]
-    restored = restore_model(checkpoint)
+    restored = restore_evo(checkpoint)
     for one in said:
         image = to_batch([Picture("", load_picture(one["picture"]))], build_transform(False, "IMNET", 64))
         expected = restored.model(image).softmax(1)[0]
@@ -181,8 +183,9 @@ def test_without_selection_all_tokens_count_as_kept():
 
 def test_a_missing_package_is_named_with_its_pip_command(checkpoint, student, monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert refused(visualize.main, "--resume", checkpoint) == "error: visualize.py needs matplotlib; pip install matplotlib"
-    assert refused(report.main, student[0]) == "error: runtime.report needs matplotlib; pip install matplotlib"
+    assert refused(visualize.main, "--resume",
+        checkpoint) == "error: visualize.py needs matplotlib; pip install matplotlib"
+    assert refused(report.main, student[0]) == "error: report.py needs matplotlib; pip install matplotlib"
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert refused(recipe.main, "--data-set", "DIGITS", "--device", "cpu", "--batch-size", 32, "--tensorboard") == \
         "error: --tensorboard needs tensorboard; pip install tensorboard"
@@ -198,8 +201,8 @@ def test_the_report_of_a_run_shows_its_curves_and_configuration(student, tmp_pat
     report.main([student[0], "--output", str(tmp_path / "report.html")])
     assert "shows 2 epochs" in capsys.readouterr().out
     html = (tmp_path / "report.html").read_text()
-    assert alternatives(html) == ["{} over epochs".format(name) for name in (
-        "Loss", "Accuracy", "Learning rate", "Images/s", "Keep ratio of each stage")] + ["Time of an epoch: " + student[0]]
+    assert alternatives(html) == ["{} over epochs".format(name) for name in ("Loss", "Accuracy", "Learning rate",
+         "Images/s", "Keep ratio of each stage")] + ["Time of an epoch: " + student[0]]
     assert "Loss scale: not in this log." in html and "stage_wise_epoch</td><td>1" in html
     assert all(b"</svg>" in content for content in embedded(html)) and "<script" not in html
     assert not re.search(r'(src|href)="(?!data:)', html)
@@ -221,7 +224,8 @@ def test_two_runs_are_laid_over_each_other_with_what_differs(student, tmp_path):
     loss = embedded(html)[0].decode()
     for run in runs:
         assert "{}: training".format(run.name) in loss and "{}: validation".format(run.name) in loss
-    assert report.differences([runs[0], runs[0]]) == [] and "They do not differ." in report.build_page([runs[0], runs[0]])
+    assert report.differences([runs[0], runs[0]]) == [
+                              ] and "They do not differ." in report.build_page([runs[0], runs[0]])
 
 
 def test_a_log_that_is_cut_off_gives_what_is_whole(student, tmp_path, capsys, refused):
@@ -242,13 +246,15 @@ def test_a_log_that_is_cut_off_gives_what_is_whole(student, tmp_path, capsys, re
 
 
 def test_the_report_copes_with_logs_of_older_revisions(tmp_path):
-    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 2.5, "test_acc1": NaN}\n{"epoch": 1, "train_loss": 1e400}\n')
+    (tmp_path / \
+     "log.txt").write_text('{"epoch": 0, "train_loss": 2.5, "test_acc1": NaN}\n{"epoch": 1, "train_loss": 1e400}\n')
     html = report.build_page([report.read_run(str(tmp_path))])
     assert alternatives(html) == ["Loss over epochs", "Accuracy over epochs"] and "Images/s: not in this log." in html
 
 
 def test_the_report_leaves_out_figures_that_are_no_numbers(tmp_path):
-    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_images_per_s": null}\n{"epoch": 1, "train_images_per_s": 12.5}\n')
+    (tmp_path / \
+     "log.txt").write_text('{"epoch": 0, "train_images_per_s": null}\n{"epoch": 1, "train_images_per_s": 12.5}\n')
     report.main([str(tmp_path)])
     assert "12.5" in (tmp_path / "report.html").read_text()
 
@@ -266,7 +272,9 @@ def test_tensorboard_gets_the_figures_of_log_txt_also_after_a_resume(digit_folde
         log = [json.loads(line) for line in f]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    for tag, name in (("loss/train_loss", "train_loss"), ("accuracy/test_acc1", "test_acc1"), ("schedule/train_lr", "train_lr")):
+    for tag, name in (("loss/train_loss", "train_loss"), ("accuracy/test_acc1",
+                      "test_acc1"), ("schedule/train_lr", "train_lr")):
         assert [event.step for event in events.Scalars(tag)] == [0, 1]
-        np.testing.assert_allclose([event.value for event in events.Scalars(tag)], [entry[name] for entry in log], rtol=1e-6)
+        np.testing.assert_allclose([event.value for event in events.Scalars(tag)],
+                                   [entry[name] for entry in log], rtol=1e-6)
     assert [event.value for event in events.Scalars("keep_ratio/stage_2")] == [0.5, 0.5]

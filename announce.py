@@ -1,0 +1,40 @@
+"""The first lines of a run: what is computed, where, and on what two runs of the same flags may differ."""
+from evo_vit import compat
+from flags import PUBLISHED_EPOCHS, global_batch, published_global_batch, scaled_lr
+from runtime.learning.models import default_input_size, is_evo_name
+from runtime.machine.cost import count_macs
+
+
+def describe(model, args, machine):
+    """The first lines of a run: what is computed, and where. Returns the multiply-adds of an image."""
+    macs = count_macs(model, args.input_size)
+    machine.say("Model: {}, {:,} parameters, {:,.1f} M FLOPs (multiply-adds) for an image of {} pixels".format(
+        args.model, sum(p.numel() for p in model.parameters()), macs / 1e6, args.input_size))
+    machine.say("Device: {} x {}, precision {}, torch {torch}, torchvision {torchvision}, timm {timm}".format(
+        machine.device.type, machine.world.size, machine.precision.name, **compat.versions()))
+    if machine.world.launcher:
+        machine.say("Processes: as {} says".format(machine.world.launcher))
+    notice = compat.untested_notice()
+    if notice:
+        machine.say("Warning: " + notice)
+    return macs
+
+
+def describe_training(args, machine, images, updates):
+    """The lines on which two runs of the same flags may differ, with a warning where they are not the published
+    ones."""
+    batch, say = global_batch(args, machine), machine.say
+    say("Data: {}, {:,} training images".format(args.data_set, images))
+    say("Global batch: {} = {} images x {} processes x {} accumulation steps".format(
+        batch, args.batch_size, machine.world.size, args.accum_steps))
+    say("Learning rate: {:.4g} after scaling ({:.4g} x {} / 512)".format(scaled_lr(args, machine), args.lr, batch))
+    say("Updates: {} per epoch, {} epochs".format(updates, args.epochs))
+    published = published_global_batch(args.model, default_input_size(args.model))
+    if is_evo_name(args.model) and (batch, args.epochs) != (published, PUBLISHED_EPOCHS):
+        say("Warning: the published accuracy of {} was reached with a global batch of {} and {} epochs, this run has "
+            "{} and {}; --accum-steps makes up for missing devices".format(args.model, published, PUBLISHED_EPOCHS,
+             batch, args.epochs))
+    if args.warmup_epochs >= args.epochs and args.sched != "plateau":
+        say("Note: --warmup-epochs {} is not shorter than --epochs {}, so all of the run is warm-up: its rate starts "
+            "at {:.4g} and never reaches the one above; --warmup-epochs 0 trains without".format(args.warmup_epochs,
+             args.epochs, args.warmup_lr))

@@ -1,0 +1,1 @@
+"""What benchmark.py measures with: contenders, the plain transcription of the paper, agreement of number formats."""

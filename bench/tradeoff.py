@@ -1,0 +1,60 @@
+"""Speed against accuracy of one set of weights, over the share of tokens that it keeps."""
+from typing import List, Optional
+
+import torch
+
+from datasets import build_dataset, build_transform
+from engine import evaluate
+from runtime.keeping.checkpoint import load_checkpoint
+from runtime.keeping.restore import restore
+from runtime.keeping.settings import places_in
+from runtime.learning.models import is_evo
+from runtime.machine.machine import Machine
+from runtime.pictures import page
+from runtime.pictures.batches import EvaluationView, collate
+
+
+def accuracies(path: str, data_path: Optional[str], ratios: List[float], machine: Machine,
+        batch: int = 32) -> List[float]:
+    """Top-1 accuracy in percent of the checkpoint `path` with each keep ratio, on the validation pictures of its data
+    set.
+
+    data_path: where that lies, None for where training found it. Raises UserError as restore and build_dataset do.
+    """
+    checkpoint = load_checkpoint(path, "--resume")
+    found = []
+    for ratio in ratios:
+        restored = restore(checkpoint, keep_ratio=ratio)
+        if not is_evo(restored.model):
+            checkpoint.refuse("holds {}, which keeps all its tokens".format(restored.name))
+        dataset = build_dataset(False, restored.data_set, data_path or restored.data_path,
+                                build_transform(False, restored.data_set, restored.input_size), restored.inat_category)
+        view = EvaluationView(dataset, restored.input_size, places_in(checkpoint, dataset.classes))
+        loader = torch.utils.data.DataLoader(view, batch_size=batch, collate_fn=collate)
+        found.append(evaluate(machine.place(restored.model), loader, machine)["acc1"])
+    return found
+
+
+def draw(rows: List[dict], title: str) -> str:
+    """A page with the table of `rows` (benchmark.py's, with keep_ratio and, where it is known, acc1) and the curve:
+    accuracy, or where that is not known FLOPs, over images/s."""
+    from matplotlib.figure import Figure
+    known = all(row["acc1"] is not None for row in rows)
+    figure = Figure(figsize=(6, 4))
+    axis = figure.subplots()
+    for name in sorted({row["model"] for row in rows}):
+        points = sorted((row["images_per_s"], row["acc1"] if known else row["gflops"], row["keep_ratio"])
+            for row in rows if row["model"] == name)
+        axis.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=name)
+        for speed, value, ratio in points:
+            axis.annotate("{:g}".format(ratio), (speed, value), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    axis.set_xlabel("images/s")
+    axis.set_ylabel("top-1, %" if known else "GFLOPs of a batch")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    head = ["model", "keep ratio", "images/s", "speed to the first (min-max)", "GFLOPs of a batch", "top-1, %"]
+    table = page.table(head, [[row["model"], "{:g}".format(row["keep_ratio"]), "{:.1f}".format(row["images_per_s"]),
+         "{ratio:.2f} ({ratio_min:.2f}-{ratio_max:.2f})".format(**row), "{:.1f}".format(row["gflops"]), "-"
+        if row["acc1"] is None else "{:.2f}".format(row["acc1"])] for row in rows])
+    curve = page.image(page.draw(figure, "svg"), "svg+xml", "{} over images/s".format("Accuracy" if known else "FLOPs"))
+    return page.page(title, curve + table)

@@ -1,0 +1,49 @@
+"""The tested version lines, in one table: what evo_vit/compat.py checks, test/venv.sh installs and the README lists.
+
+`python evo_vit/lines.py LINE` prints a line for the shell; it needs nothing but Python.
+"""
+import sys
+from collections import OrderedDict
+
+
+class Line(object):
+    """A row of the table. torch: what the tests install; on a server PyTorch comes from its vendor. The other versions
+    are in pip's words, as in the requirements file."""
+
+    def __init__(self, pythons, torch, torchvision, timm, pillow, numpy, requirements):
+        self.pythons = pythons  # accepted interpreters, best first
+        self.torch = torch
+        self.torchvision = torchvision
+        self.timm = timm
+        self.pillow = pillow
+        self.numpy = numpy
+        self.requirements = requirements
+
+    @property
+    def accepted(self):
+        """{package: versions} of the line, every patch release of its PyTorch among them."""
+        first, second = self.torch.split(".")[:2]
+        return {"torch": "=={}.{}.*".format(first, second), "torchvision": self.torchvision, "timm": self.timm,
+                "pillow": self.pillow, "numpy": self.numpy}
+
+
+LINES = OrderedDict([
+    ("1.5", Line("3.7", "1.5.1", "==0.2.2.post3", "==0.4.12", ">=6.2,<7", ">=1.19,<1.22", "1.5_requirements.txt")),
+    ("1.8", Line("3.7 3.8", "1.8.1", "==0.9.1", "==0.4.12", ">=8,<9.6", ">=1.19,<1.24", "1.8_requirements.txt")),
+    ("current", Line("3.11 3.12 3.13 3.10", "2.13.0", "==0.28.0", ">=1.0.31,<1.1", ">=10,<13", ">=1.26,<3",
+                     "requirements.txt")),
+])
+
+
+def main(name):
+    if name not in LINES:
+        print("error: --line {}: the lines are {}".format(name, ", ".join(LINES)), file=sys.stderr)
+        return 2
+    line = LINES[name]
+    vendor = "" if name == "current" else "torch=={}".format(line.torch)  # the other files leave PyTorch to its vendor
+    print('pythons="{}" torch="{}" requirements={}'.format(line.pythons, vendor, line.requirements))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

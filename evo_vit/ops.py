@@ -1,0 +1,109 @@
+"""Operators that the models run on, each by the fastest way that the device and this PyTorch have."""
+import torch
+from torch import nn
+
+from .compat import TORCH, is_exported, is_traced
+
+ATTENTION_CHUNK = 2 ** 21  # elements: attention matrices of 8 MB at a time stay in a CPU's caches
+TOKEN_CHUNK = 2 ** 20  # elements: so do 4 MB of what a function makes of each token on its way
+
+# --- torch before 1.9 cannot be asked for a stable sort, by which equal values fall the same way on every device.
+_SORT_OPTIONS = {"stable": True} if TORCH >= (1, 9) else {}
+
+# --- torch before 2.1 has no fused attention with a scale of one's own.
+_fused_attention = nn.functional.scaled_dot_product_attention if TORCH >= (2, 1) else None
+
+
+def top_places(x: torch.Tensor, k: int) -> torch.Tensor:
+    """Places of the k largest values of each row of x (B, N), largest first; of equal values the first comes first
+    where PyTorch can do that, and in ONNX, whose TopK does so."""
+    if torch.onnx.is_in_onnx_export():
+        return x.topk(k, dim=1)[1]
+    return torch.sort(x, dim=1, descending=True, **_SORT_OPTIONS)[1][:, :k]
+
+
+def by_tokens(function, x: torch.Tensor, width: int) -> torch.Tensor:
+    """function(x), where `function` takes every token of x (B, T, C) alone and makes `width` numbers of it on its way:
+    a few tokens at a time where a CPU computes no gradients."""
+    chunk = max(TOKEN_CHUNK // width // 16 * 16, 16)  # rows, a multiple of what one step of a matrix product takes
+    if x.device.type != "cpu" or torch.is_grad_enabled() or is_traced() or x.shape[0] * x.shape[1] <= chunk:
+        return function(x)
+    return torch.cat([function(rows) for rows in x.flatten(0, 1).split(chunk)]).view(x.shape)
+
+
+def drop_path(branch: torch.Tensor, rate: float) -> torch.Tensor:
+    """A residual branch (B, ...) as it enters in training: left out for a share `rate` of the images, and scaled for
+    the others so that its mean stays (stochastic depth, https://arxiv.org/abs/1603.09382)."""
+    if rate == 0:
+        return branch
+    kept = torch.rand((branch.shape[0],) + (1,) * (branch.dim() - 1), device=branch.device) >= rate
+    return branch * kept.to(branch.dtype) / (1 - rate)
+
+
+# --------------------------------------------------------------------------------------------- attention
+
+def _numel(q, k):
+    """Elements of the attention matrices."""
+    return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+
+
+def _attention_in_chunks(q, k, v):
+    """`attention` with q scaled already, a few heads of a few images at a time."""
+    B, heads = q.shape[:2]
+    chunk = max(ATTENTION_CHUNK // (q.shape[2] * k.shape[2]), 1)
+    x, class_attn = [], []
+    for part_q, part_k, part_v in zip(*(t.flatten(0, 1).split(chunk) for t in (q, k.transpose(-2, -1), v))):
+        attn = torch.bmm(part_q, part_k).softmax(dim=-1)
+        x.append(torch.bmm(attn, part_v))
+        class_attn.append(attn[:, 0])
+    return torch.cat(x).view(B, heads, -1, v.shape[-1]), torch.cat(class_attn).view(B, heads, -1)
+
+
+def _is_fused(q, v):
+    """Whether the fused attention serves best: on accelerators always; on a CPU for values as wide as the keys
+    (Evo-DeiT, twice as fast at 197 tokens), not for wider ones (Evo-LeViT), nor where the products are to be written
+    down one by one."""
+    if _fused_attention is None:
+        return False
+    return q.device.type != "cpu" or q.shape[-1] == v.shape[-1] and not is_exported()
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float):
+    """Scaled dot-product attention, and what the class token, at place 0, pays every token.
+
+    q (B, heads, Q, key), k (B, heads, T, key), v (B, heads, T, value) -> (B, heads, Q, value), (B, heads, T).
+    """
+    if not _is_fused(q, v):
+        if q.device.type == "cpu" and not is_traced() and _numel(q, k) > 2 * ATTENTION_CHUNK:
+            return _attention_in_chunks(q * scale, k, v)
+        attn = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, Q, T)
+        return attn @ v, attn[:, :, 0]
+    # one row of what the fused kernel hides; tokens are ranked by it, so half precision's coarse steps would make ties
+    class_attn = q[:, :, :1] * scale @ k.transpose(-2, -1)
+    class_attn = class_attn.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return _fused_attention(q, k, v, scale=scale), class_attn[:, :, 0]
+
+
+# --------------------------------------------------------------------------------------------- linear maps
+
+# --- On AMD's CPUs the library behind PyTorch's float32 matrix products keeps to AVX2, while the one behind its
+# convolutions uses AVX-512 where there is such: twice as fast there. Older PyTorch has other convolutions.
+def _is_amd_cpu():
+    try:
+        with open("/proc/cpuinfo") as f:
+            return "AuthenticAMD" in f.read()
+    except OSError:
+        return False
+
+
+_LINEAR_BY_CONVOLUTION = TORCH >= (2, 4) and torch.backends.mkldnn.is_available() and _is_amd_cpu()
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor = None) -> torch.Tensor:
+    """torch.nn.functional.linear, (..., C_in) -> (..., C_out), as a 1x1 convolution where that is faster."""
+    by_convolution = _LINEAR_BY_CONVOLUTION and x.device.type == "cpu" and x.dtype is torch.float32
+    if not by_convolution or torch.is_autocast_enabled("cpu") or is_exported():
+        return nn.functional.linear(x, weight, bias)
+    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C_in, rows, 1), channels last
+    y = nn.functional.conv2d(rows, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(x.shape[:-1] + weight.shape[:1])

@@ -1,0 +1,123 @@
+"""The output folder of a run: checkpoint.pth, best_checkpoint.pth, log.txt, args.json and summary.json."""
+import fcntl
+import os
+import shutil
+import statistics
+import time
+from typing import Callable, List
+
+from ..errors import NonFiniteLoss, SaveFailed, UserError
+from .checkpoint import BEST, NEWEST, OLDER
+from .files import write_json
+
+FILES = (NEWEST, OLDER, BEST, "log.txt", "args.json", "summary.json", "tensorboard")
+
+
+class Lock:
+    """Keeps other runs out of the folder `path`, which is made, as long as this object lives. Raises UserError where
+    another run is in it, or it cannot be made. Does nothing where the file system knows no such locks."""
+
+    PATIENCE = 15.0  # seconds: so long a killed run's data-loading processes may outlive it
+
+    def __init__(self, path: str):
+        try:
+            os.makedirs(path, exist_ok=True)
+            self._folder = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError("--output_dir: {} cannot be written ({})".format(path, error.strerror or error))
+        end = time.monotonic() + self.PATIENCE
+        while not self._take():
+            if time.monotonic() > end:
+                os.close(self._folder)
+                self._folder = None
+                raise UserError(
+                    "--output_dir: another run is writing to {}; name another folder, or end that run".format(path))
+            time.sleep(0.2)
+
+    def _take(self):
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        except OSError:  # no locks here
+            return True
+
+    def __del__(self):
+        if getattr(self, "_folder", None) is not None:
+            os.close(self._folder)
+
+
+def prepare_output_dir(path: str, fresh: bool, checkpoint_size: int, say: Callable):
+    """Makes the folder. A `fresh` run moves what an earlier one left there into a new folder previous-N inside it.
+
+    Raises UserError where the folder cannot be written, or its disk has no room for the four files of `checkpoint_size`
+    bytes that a run keeps at a time.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "no permission to write")
+        left = [name for name in FILES if os.path.exists(os.path.join(path, name))] if fresh else []
+        if left:
+            number = 1
+            while os.path.exists(os.path.join(path, "previous-{}".format(number))):
+                number += 1
+            aside = os.path.join(path, "previous-{}".format(number))
+            os.mkdir(aside)
+            for name in left:
+                os.replace(os.path.join(path, name), os.path.join(aside, name))
+            say("The files of an earlier run in {} now lie in {}".format(path, aside))
+        probe = os.path.join(path, ".probe")
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+        free = shutil.disk_usage(path).free
+        if free < 4 * checkpoint_size:
+            raise UserError("--output_dir: the disk of {} has {:,} MiB left and a run needs {:,}, four checkpoints' "
+                "worth" .format(path, free >> 20, 4 * checkpoint_size >> 20))
+    except OSError as error:
+        raise UserError("--output_dir: {} cannot be written ({})".format(path, error.strerror or error))
+
+
+def median_speed(speeds) -> float:
+    """Median of the epochs' images/s without those that made no update; 0.0 where none did (all had been made when the
+    run was resumed)."""
+    return statistics.median([speed for speed in speeds if speed > 0] or [0.0])
+
+
+def summarize(log: List[dict], global_batch: int) -> dict:
+    """What `log` (one dict per epoch) comes down to: the median of the speeds, and what the last epoch reached."""
+    speed = median_speed(entry["train_images_per_s"] for entry in log)
+    return {"global_batch": global_batch, "epochs": len(log), "images_per_s": speed,
+            "step_ms": 1000 * global_batch / speed if speed else 0.0, "train_loss": log[-1]["train_loss"],
+            "test_acc1": log[-1]["test_acc1"]}
+
+
+def write_args(path: str, settings: dict):
+    """Writes args.json: the run's flags and what was derived from them. Raises SaveFailed."""
+    write_json(os.path.join(path, "args.json"), settings, sort_keys=True)
+
+
+def write_summary(path: str, values: dict):
+    """Writes summary.json: what a finished run reached, and how fast. Raises SaveFailed."""
+    write_json(os.path.join(path, "summary.json"), values)
+
+
+def write_report(path: str, rank: int, report: dict) -> str:
+    """Writes what is known of an update without finite loss to nonfinite-RANK.json; returns the file's path. Raises
+    SaveFailed."""
+    file = os.path.join(path, "nonfinite-{}.json".format(rank))
+    write_json(file, report)
+    return file
+
+
+def explained(error: NonFiniteLoss, path: str, rank: int) -> NonFiniteLoss:
+    """The error with where it happened and the file in the folder `path` that says more, which is written."""
+    where = "{} in epoch {epoch}, update {update}, at learning rate {lr:.3g}, loss scale {loss_scale}".format(
+        error, **error.report)
+    try:
+        file = write_report(path, rank, dict(error.report, reason=str(error)))
+        return NonFiniteLoss("{}; {} names the files of the batch".format(where, file))
+    except SaveFailed as failure:
+        return NonFiniteLoss("{}; the files of the batch are not told: {}".format(where, failure))

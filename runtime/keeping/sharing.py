@@ -1,0 +1,69 @@
+"""One checkpoint for all processes of a run, also where each machine has a disk of its own."""
+import hashlib
+import io
+import tempfile
+from typing import Callable, Optional
+
+import torch
+
+from ..errors import UserError
+from ..machine.agreement import Agreement
+from .checkpoint import Checkpoint
+from .unpickling import load_tensors
+
+
+def _fingerprint(checkpoint: Optional[Checkpoint]) -> str:
+    """Where a checkpoint stands, and a hash of its weights; the same for equal ones on every machine."""
+    if checkpoint is None:
+        return "no checkpoint"
+    content, digest = checkpoint.content, hashlib.sha256()
+    state = content.get("model")
+    for name, tensor in sorted(state.items()) if isinstance(state, dict) else ():
+        if isinstance(tensor, torch.Tensor):
+            digest.update(name.encode() + tensor.contiguous().view(-1).numpy().tobytes())
+    epoch, progress = content.get("epoch"), content.get("progress") or {}
+    where = "the end of epoch {}".format(epoch) if not progress else "epoch {}, image {}".format(
+        epoch + 1 if isinstance(epoch, int) else epoch, progress.get("images"))
+    return "{} ({})".format(where, digest.hexdigest()[:12])
+
+
+def same_for_all(load: Callable[[], Optional[Checkpoint]], agreement: Agreement, say: Callable) -> Optional[Checkpoint]:
+    """What `load()` gives, the same on every process: where they differ, the first process's, which `say` names.
+
+    Raises UserError on every process where it does so on one of them.
+    """
+    checkpoint, refusal = None, ""
+    try:
+        checkpoint = load()
+    except UserError as error:
+        refusal = str(error)
+    refusals = agreement.texts(refusal)
+    if any(refusals):
+        first = next(rank for rank, text in enumerate(refusals) if text)
+        everywhere = all(text == refusals[0] for text in refusals)
+        raise UserError(refusals[first] if everywhere else "process {}: {}".format(first, refusals[first]))
+    if agreement.alone:
+        return checkpoint
+    found = agreement.texts(_fingerprint(checkpoint))
+    if all(one == found[0] for one in found):
+        return checkpoint
+    other = next(rank for rank, one in enumerate(found) if one != found[0])
+    say("Note: the processes found different checkpoints: process 0 {}, process {} {}; all go on from process 0's".
+        format(found[0], other, found[other]))
+    return _from_first(checkpoint, agreement) if found[0] != "no checkpoint" else None
+
+
+def _from_first(checkpoint, agreement):
+    content = None
+    if agreement.rank == 0:
+        file = io.BytesIO()
+        torch.save((checkpoint.content, checkpoint.path, checkpoint.flag), file, _use_new_zipfile_serialization=True)
+        content = file.getvalue()
+    content = agreement.from_first(content)
+    if agreement.rank == 0:
+        return checkpoint
+    with tempfile.NamedTemporaryFile() as f:
+        f.write(content)
+        f.flush()
+        (content, path, flag), _ = load_tensors(f.name)
+    return Checkpoint(content, path, flag)

@@ -1,0 +1,119 @@
+"""Teacher labels on disk, per image and crop (fast knowledge distillation, https://arxiv.org/abs/2112.01528).
+
+A folder holds `settings.json`, what the crops and labels depend on, and for each epoch and each replica (a process, or
+one of the processes that an accumulation step stands for) `epoch-E-replica-R.npy`: for "hard" and "cls" distillation
+the teacher's first choice for each image, int16 or int32, for "soft" its logits, float32, in the order of training.
+Every image is augmented, and every batch mixed, from seeds that depend on epoch and place alone, so the same crops come
+again.
+"""
+import json
+import os
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+from .files import write_json, write_whole
+
+SETTINGS = "settings.json"
+# what the images that the teacher sees depend on, and what is kept of its answer
+DEPENDS_ON = ("data_set", "inat_category", "input_size", "batch_size", "seed", "repeated_aug", "color_jitter", "aa",
+              "train_interpolation", "reprob", "remode", "recount", "jpeg_draft", "mixup", "cutmix", "cutmix_minmax",
+              "mixup_prob", "mixup_switch_prob", "mixup_mode", "distillation_type", "teacher_model", "teacher_path",
+              "teacher_input_size")
+
+
+def label_settings(args, replicas: int, images: int, num_classes: int) -> dict:
+    """The settings of a run, as they stand in settings.json; files by their name alone."""
+    settings = {name: getattr(args, name) for name in DEPENDS_ON}
+    settings["teacher_path"] = os.path.basename(settings["teacher_path"])
+    return dict(settings, replicas=replicas, images=images, num_classes=num_classes)
+
+
+def _path(folder, epoch, replica):
+    return os.path.join(folder, "epoch-{:04d}-replica-{:04d}.npy".format(epoch, replica))
+
+
+class LabelWriter:
+    """Fills `folder`, for a run of the given `settings` (label_settings), which the run's first process (`is_main`)
+    writes down for all. Raises UserError where the folder has labels of other settings, SaveFailed where it cannot be
+    written."""
+
+    def __init__(self, folder, settings, is_main=True):
+        self.folder = folder
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise UserError("--write-teacher-labels: {} cannot be made ({})".format(folder, error.strerror))
+        if os.path.exists(os.path.join(folder, SETTINGS)):
+            _compare(_read_settings(folder, "--write-teacher-labels"), settings, folder, "--write-teacher-labels")
+        if is_main:
+            write_json(os.path.join(folder, SETTINGS), settings)
+        self.dtype = np.int16 if settings["num_classes"] <= 2 ** 15 else np.int32  # of choices
+
+    def has(self, epoch, replica):
+        return os.path.exists(_path(self.folder, epoch, replica))
+
+    def write(self, epoch, replica, batches):
+        """batches: for each update what losses.DistillationLoss.teach gave for the replica's batch, on the CPU."""
+        labels = torch.cat(batches)
+        labels = labels.numpy().astype(np.float32 if labels.is_floating_point() else self.dtype)
+        write_whole(_path(self.folder, epoch, replica), lambda f: np.save(f, labels))
+
+
+class TeacherLabels:
+    """Reads what LabelWriter wrote. A training epoch has the crops and labels of the stored one that `crop_epoch`
+    gives.
+
+    Raises UserError where `folder` has no labels or those of other `settings` than this run's.
+    """
+
+    def __init__(self, folder, settings):
+        self.folder = folder
+        _compare(_read_settings(folder, "--teacher-labels"), settings, folder, "--teacher-labels")
+        self.epochs = 0
+        while all(os.path.exists(_path(folder, self.epochs, r)) for r in range(settings["replicas"])):
+            self.epochs += 1
+        if not self.epochs:
+            raise UserError("--teacher-labels: {} has no whole epoch of labels; write them with "
+                            "--write-teacher-labels {}".format(folder, folder))
+        self.batch_size = settings["batch_size"]
+        self._read = {}  # replica: (epoch, labels)
+
+    def crop_epoch(self, epoch: int) -> int:
+        """The stored epoch for a training epoch: beyond the last they come again."""
+        return epoch % self.epochs
+
+    def batch(self, epoch: int, replica: int, update: int) -> torch.Tensor:
+        """The labels of a batch of the stored epoch `epoch`: (B,) int64, or (B, classes) float32."""
+        if self._read.get(replica, (None,))[0] != epoch:
+            path = _path(self.folder, epoch, replica)
+            try:
+                self._read[replica] = epoch, np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    "--teacher-labels: {} cannot be read ({}); remove it and write it again".format(path, error))
+        labels = self._read[replica][1][update * self.batch_size:(update + 1) * self.batch_size]
+        if len(labels) != self.batch_size:
+            raise UserError("--teacher-labels: {} ends before update {}; remove it and write it again".format(
+                _path(self.folder, epoch, replica), update))
+        labels = torch.from_numpy(np.array(labels))
+        return labels if labels.dim() == 2 else labels.long()
+
+
+def _read_settings(folder, flag):
+    path = os.path.join(folder, SETTINGS)
+    try:
+        with open(path) as f:
+            settings = json.load(f)
+            return {str(name): value for name, value in settings.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError("{}: {} cannot be read ({})".format(flag, path, error))
+
+
+def _compare(stored, settings, folder, flag):
+    settings = json.loads(json.dumps(settings))  # tuples as lists
+    for name, value in settings.items():
+        if stored.get(name) != value:
+            raise UserError("{}: the labels in {} were written with {} {} and this run has {}; other crops or labels "
+                            "belong to it".format(flag, folder, name, stored.get(name), value))

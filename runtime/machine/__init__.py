@@ -1,0 +1,1 @@
+"""Where a run computes: its devices, processes and number formats."""

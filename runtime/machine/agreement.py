@@ -1,0 +1,74 @@
+"""What the processes of a run tell one another between two updates."""
+from typing import List, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from .processes import is_distributed
+
+
+class Agreement:
+    """Sums small counts over all processes, on the host: no device waits for it."""
+
+    def __init__(self, timeout=None):
+        options = {} if timeout is None else {"timeout": timeout}
+        self._group = dist.new_group(backend="gloo", **options) if is_distributed() else None
+        self.rank = dist.get_rank() if is_distributed() else 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self._group is None
+
+    def total(self, *counts: int) -> List[int]:
+        """The sums, as whole numbers."""
+        if self._group is None:
+            return list(counts)
+        counts = torch.tensor(counts, dtype=torch.int64)
+        dist.all_reduce(counts, group=self._group)
+        return counts.tolist()
+
+    def gather(self, value: float) -> List[float]:
+        """Every process's `value`, a float, in the order of their ranks."""
+        if self._group is None:
+            return [value]
+        values = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
+        dist.all_gather(values, torch.tensor([value], dtype=torch.float64), group=self._group)
+        return [v.item() for v in values]
+
+    def union(self, numbers) -> set:
+        """The set of all processes' whole `numbers`."""
+        if self._group is None:
+            return set(numbers)
+        longest = int(max(self.gather(len(numbers))))
+        own = torch.tensor(list(numbers) + [-1] * (longest - len(numbers)), dtype=torch.int64)
+        lists = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(lists, own, group=self._group)
+        return {number for numbers in lists for number in numbers.tolist()} - {-1}
+
+    def texts(self, text: str) -> List[str]:
+        """Every process's `text`, in the order of their ranks."""
+        if self._group is None:
+            return [text]
+        own = text.encode("utf-8", "surrogateescape")
+        longest = int(max(self.gather(len(own))))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[:len(own)] = torch.tensor(list(own), dtype=torch.uint8)
+        lengths = [int(length) for length in self.gather(len(own))]
+        lists = [torch.zeros_like(padded) for _ in lengths]
+        if longest:
+            dist.all_gather(lists, padded, group=self._group)
+        return [bytes(values[:length].tolist()).decode("utf-8", "surrogateescape")
+                      for values, length in zip(lists, lengths)]
+
+    def from_first(self, content: Optional[bytes]) -> bytes:
+        """The first process's `content`; the others give None."""
+        if self._group is None:
+            return content
+        size = int(self.gather(0.0 if content is None else float(len(content)))[0])
+        data = torch.zeros(size, dtype=torch.uint8)
+        if self.rank == 0:
+            data = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
+        dist.broadcast(data, 0, group=self._group)
+        return data.numpy().tobytes()

@@ -1,0 +1,81 @@
+"""The share of tokens that go the slow way may be set at any time, in both families."""
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import fill, images, relative_error
+
+from evo_vit import EvoDeiT, EvoLeViT
+
+FAMILIES = {"deit": lambda **options: EvoDeiT(64, 2, num_classes=5, img_size=112, **options),
+            "levit": lambda **options: EvoLeViT((16, 32, 48), 16, (1, 2, 3), (3, 2, 2), num_classes=5, img_size=112,
+                                                **options)}
+PATCHES = {"deit": (49, 49, 49), "levit": (49, 16, 4)}
+
+
+def model_of(family, **options):
+    model = FAMILIES[family](**options).double()
+    fill(model, qk_gain=1.75)
+    return model.eval()
+
+
+@pytest.mark.parametrize("stage_wise", [True, False])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@torch.no_grad()
+def test_keeping_all_is_selecting_nothing_and_half_is_as_built(family, stage_wise):
+    model, x = model_of(family), images(112)
+    model.set_stage_wise(stage_wise)
+    half = model(x)
+    model.set_token_selection(False)
+    none, ratios = model(x), model.keep_ratios()
+    model.set_token_selection(True)
+    model.set_keep_ratio(1)
+    assert torch.equal(model(x), none) and model.keep_ratios() == ratios == [1, 1, 1]
+    assert all(state.slow is None for _, state in model.forward_stages(x))
+    model.set_keep_ratio(0.5)
+    assert torch.equal(model(x), half) and not torch.equal(half, none)
+
+
+@settings(deadline=None, max_examples=15)
+@given(family=st.sampled_from(sorted(FAMILIES)), ratio=st.floats(0.001, 0.999), stage_wise=st.booleans())
+@torch.no_grad()
+def test_any_ratio_keeps_its_share_and_at_least_one(family, ratio, stage_wise):
+    model, built = model_of(family), model_of(family, keep_ratio=ratio)
+    for m in (model, built):
+        m.set_stage_wise(stage_wise)
+    model.set_keep_ratio(ratio)
+    stages = model.forward_stages(images(112))
+    for (tokens, state), patches in list(zip(stages, PATCHES[family]))[1:]:
+        assert state.slow.shape == (2, max(int(patches * ratio), 1))
+        assert all(len(set(row)) == len(row) and set(row) <= set(range(patches)) for row in state.slow.tolist())
+    assert model.keep_ratios()[1:] == pytest.approx([ratio] * 2)
+    assert model.keep_ratios() == built.keep_ratios() and torch.equal(model(images(112)), built(images(112)))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_other_ratios_are_refused(family):
+    model = FAMILIES[family]()
+    for ratio in (0, -0.5, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="not above 0 and at most 1"):
+            model.set_keep_ratio(ratio)
+        with pytest.raises(ValueError, match="not above 0 and at most 1"):
+            FAMILIES[family](keep_ratio=ratio)
+    assert model.keep_ratios()[1:] == [0.5, 0.5]
+    with pytest.raises(ValueError, match="full_blocks 0"):
+        FAMILIES[family](full_blocks=0)
+
+
+@torch.no_grad()
+def test_the_first_blocks_may_keep_all_as_far_as_wished():
+    x = images(112)
+    for full, ratios in ((2, [0.75, 0.5, 0.5]), (6, [1, 0.75, 0.5]), (12, [1, 1, 1])):
+        model = model_of("deit", full_blocks=full)
+        logits = []
+        for stage_wise in (True, False):
+            model.set_stage_wise(stage_wise)
+            logits.append(model(x))
+        assert model.keep_ratios() == ratios
+        assert (relative_error(*logits) < 1e-12) == (full == 12)
+    model = timm.create_model("evo_deit_tiny_patch16_224", img_size=64, keep_ratio=0.25, full_blocks=8)
+    assert model.keep_ratios() == [1, 1, 0.25]
