@@ -201,12 +201,12 @@ def train(args, given, checkpoint, machine, agreement):
 
     settings = dict(vars(args), processes=machine.world.size, global_batch=global_batch(args, machine))
     need_same_everywhere(settings, data, agreement)
-    with Signals() as signals:
+    with Signals() as signals, Lock(args.output_dir if machine.world.is_main else None):
         control = Control(agreement, signals, args.save_every_steps, args.save_every_minutes, args.max_bad_images,
                           args.skip_nonfinite)
         state = TrainingState(learner, lr_scheduler, control, data.classes, settings)
         state.restore(checkpoint, "start_epoch" in given, say)
-        lock, scalars = open_output(args, state, checkpoint is None, machine)
+        scalars = open_output(args, state, checkpoint is None, machine)
         start, updates, shared_mode = time.time(), 0, None
 
         def saved(done):
@@ -249,17 +249,15 @@ def train(args, given, checkpoint, machine, agreement):
 
 
 def open_output(args, state, fresh, machine):
-    """Prepares the output folder; returns what keeps other runs out while it lives, and what writes for TensorBoard, or
-    None."""
-    lock = scalars = None
+    """Prepares the output folder; returns what writes for TensorBoard, or None."""
+    scalars = None
     if machine.world.is_main:
-        lock = Lock(args.output_dir)
         prepare_output_dir(args.output_dir, fresh, state.size_on_disk(), machine.say)
         write_args(args.output_dir, state.settings)
         state.write_log()
         scalars = Scalars(args.output_dir, state.log) if args.tensorboard else None
     processes.barrier()
-    return lock, scalars
+    return scalars
 
 
 def validate(learner, loader, shared):

@@ -4,7 +4,7 @@ import os
 import shutil
 import statistics
 import time
-from typing import Callable, List
+from typing import Callable, List, Optional
 
 from ..errors import NonFiniteLoss, SaveFailed, UserError
 from .checkpoint import BEST, NEWEST, OLDER
@@ -14,25 +14,38 @@ FILES = (NEWEST, OLDER, BEST, "log.txt", "args.json", "summary.json", "tensorboa
 
 
 class Lock:
-    """Keeps other runs out of the folder `path`, which is made, as long as this object lives. Raises UserError where
-    another run is in it, or it cannot be made. Does nothing where the file system knows no such locks."""
+    """Keeps other runs out of the folder `path`, which is made, while it is entered; None for no folder. Raises
+    UserError where another run is in it, or it cannot be made. Does nothing where the file system has no such
+    locks."""
 
     PATIENCE = 15.0  # seconds: so long a killed run's data-loading processes may outlive it
 
-    def __init__(self, path: str):
+    def __init__(self, path: Optional[str]):
+        self.path = path
+        self._folder = None
+
+    def __enter__(self):
+        if self.path is None:
+            return self
         try:
-            os.makedirs(path, exist_ok=True)
-            self._folder = os.open(path, os.O_RDONLY)
+            os.makedirs(self.path, exist_ok=True)
+            self._folder = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise UserError("--output_dir: {} cannot be written ({})".format(path, error.strerror or error))
+            raise UserError("--output_dir: {} cannot be written ({})".format(self.path, error.strerror or error))
         end = time.monotonic() + self.PATIENCE
         while not self._take():
             if time.monotonic() > end:
-                os.close(self._folder)
-                self._folder = None
+                self.__exit__()
                 raise UserError(
-                    "--output_dir: another run is writing to {}; name another folder, or end that run".format(path))
+                    "--output_dir: another run is writing to {}; name another folder, or end that run".format(
+                    self.path))
             time.sleep(0.2)
+        return self
+
+    def __exit__(self, *_):
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
 
     def _take(self):
         try:
@@ -42,10 +55,6 @@ class Lock:
             return False
         except OSError:  # no locks here
             return True
-
-    def __del__(self):
-        if getattr(self, "_folder", None) is not None:
-            os.close(self._folder)
 
 
 def prepare_output_dir(path: str, fresh: bool, checkpoint_size: int, say: Callable):

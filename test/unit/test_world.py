@@ -695,11 +695,11 @@ def test_outputs_that_are_not_finite_count_as_wrong_and_end_the_evaluation(train
 def test_two_runs_do_not_share_an_output_folder(tmp_path, monkeypatch):
     from runtime.keeping.output import Lock
     monkeypatch.setattr(Lock, "PATIENCE", 0.3)
-    first = Lock(str(tmp_path / "out"))
-    with pytest.raises(UserError, match="another run is writing to"):
-        Lock(str(tmp_path / "out"))
-    del first
-    assert os.listdir(str(tmp_path / "out")) == [] and Lock(str(tmp_path / "out")) is not None
+    with Lock(str(tmp_path / "out")):
+        with pytest.raises(UserError, match="another run is writing to"):
+            Lock(str(tmp_path / "out")).__enter__()
+    with Lock(str(tmp_path / "out")), Lock(None):
+        assert os.listdir(str(tmp_path / "out")) == []
 
 
 def test_a_models_own_normalisation_is_used_at_evaluation(three_digits, tmp_path, call):
