@@ -233,10 +233,7 @@ def build_transform(is_train: bool, name: str, input_size: int, augmentation: Au
     row, bicubic = TABLE[name], interpolation("bicubic")
     if is_train:
         a = augmentation
-        transform = _timm_transform(input_size, a, 0.5 if row.mirrored else 0.0)
-        erasing = [t for t in transform.transforms if isinstance(t, RandomErasing)]
-        on_tensors = ("ToTensor", "MaybeToTensor", "Normalize", "RandomErasing")
-        transform.transforms = [t for t in transform.transforms if type(t).__name__ not in on_tensors]
+        transform, erasing = _timm_transform(input_size, a, 0.5 if row.mirrored else 0.0)
         transform.transforms.append(ToBytes(*erasing))
         if not row.cropped:
             transform.transforms[0] = transforms.Compose([
@@ -267,7 +264,11 @@ _PARTS = {"rand": r"(mstd|mmax|m|n|w|p|inc)-?\d+(\.\d+)?|t\w*",
           "augmix": r"(mstd|m|w|d|a|b)-?\d+(\.\d+)?"}
 
 
+_ON_TENSORS = ("ToTensor", "MaybeToTensor", "Normalize", "RandomErasing")
+
+
 def _timm_transform(input_size, a, hflip):
+    """(what timm does to training pictures before they are tensors, [the RandomErasing that it does to them then])."""
     policy = None if a.aa in ("", "none") else a.aa
     try:
         if policy is not None:
@@ -278,10 +279,12 @@ def _timm_transform(input_size, a, hflip):
         transform = create_transform(
             input_size=input_size, is_training=True, color_jitter=a.color_jitter or None, auto_augment=policy,
             interpolation=a.train_interpolation, hflip=hflip, re_prob=a.reprob, re_mode=a.remode, re_count=a.recount)
+        erasing = [t for t in transform.transforms if isinstance(t, RandomErasing)]
+        transform.transforms = [t for t in transform.transforms if type(t).__name__ not in _ON_TENSORS]
         if policy is not None:
             with drawing_from(0):  # some policies fail only when they are used
                 transform(Image.new("RGB", (input_size, input_size)))
-        return transform
+        return transform, erasing
     except (AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise UserError("--aa {}: timm knows no such augmentation policy ({}); use for example rand-m9-mstd0.5-inc1, "
                         "augmix-m3-w3, original, v0, or none".format(a.aa, " ".join(str(error).split())[:120] or

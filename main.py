@@ -2,6 +2,7 @@
 import argparse
 import os
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 
 from runtime import command  # first: it makes torchvision importable on a CPU-only PyTorch
@@ -201,11 +202,12 @@ def train(args, given, checkpoint, machine, agreement):
 
     settings = dict(vars(args), processes=machine.world.size, global_batch=global_batch(args, machine))
     need_same_everywhere(settings, data, agreement)
-    with Signals() as signals, Lock(args.output_dir if machine.world.is_main else None):
+    with Signals() as signals, ExitStack() as held:
         control = Control(agreement, signals, args.save_every_steps, args.save_every_minutes, args.max_bad_images,
                           args.skip_nonfinite)
         state = TrainingState(learner, lr_scheduler, control, data.classes, settings)
         state.restore(checkpoint, "start_epoch" in given, say)
+        held.enter_context(Lock(args.output_dir if machine.world.is_main else None))
         scalars = open_output(args, state, checkpoint is None, machine)
         start, updates, shared_mode = time.time(), 0, None
 
