@@ -187,7 +187,6 @@ def started(checkout, digit_folder, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.share
 def test_a_rank_that_dies_takes_the_others_down_within_a_minute(checkout, digit_folder):
     process = started(checkout, digit_folder)
     os.kill(processes_of(checkout / "save")[-1], signal.SIGKILL)
@@ -197,6 +196,7 @@ def test_a_rank_that_dies_takes_the_others_down_within_a_minute(checkout, digit_
     assert "training ended with exit code" in err and processes_of(checkout / "save") == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_all_ranks(checkout, digit_folder):
     process = started(checkout, digit_folder)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does

@@ -87,6 +87,7 @@ def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on_exactly(forty_digits
     assert kill_and_resume.differences(*[kill_and_resume.ends(str(tmp_path / name)) for name in ("out", "whole")]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.once
 def test_sigusr1_saves_and_goes_on(forty_digits, tmp_path):
     out = tmp_path / "out"
@@ -208,6 +209,7 @@ def test_a_report_that_cannot_be_written_is_no_traceback(tmp_path):
     assert "the loss is inf in epoch 1" in told and "could not be written" in told and "\n" not in told
 
 
+@pytest.mark.slow
 def test_a_stuck_process_ends_the_job_within_the_timeout(forty_digits, tmp_path):
     import socket
     with socket.socket() as s:
