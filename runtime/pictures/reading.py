@@ -13,6 +13,7 @@ from ..errors import DamagedImage
 # torchvision's, and others that users have, where this Pillow reads them
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
              ".jfif", ".jpe", ".gif", ".avif", ".jp2", ".pbm", ".pnm", ".tga")
+Image.init()  # all formats, also where older Pillow has found some already
 _FORMATS = Image.registered_extensions()
 IMAGE_EXTENSIONS = tuple(suffix for suffix in _SUFFIXES if _FORMATS.get(suffix) in Image.OPEN)
 

@@ -38,7 +38,7 @@ def test_jpeg_draft_trains_on_slightly_different_pixels(tmp_path):
                  "--epochs", 1, "--batch-size", 8, "--no-repeated-aug", "--output_dir", tmp_path / name, *flags)
             with open(str(tmp_path / name / "log.txt")) as f:
                 losses.append(json.loads(f.readline())["train_loss"])
-    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
 @pytest.mark.slow
