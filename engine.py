@@ -174,20 +174,21 @@ def label_epoch(criterion: DistillationLoss, feed: Feed, epoch: int, machine: Ma
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, loader: DataLoader, machine: Machine, shared: bool = False) -> Dict:
+def evaluate(model: torch.nn.Module, loader: DataLoader, machine: Machine, shared: bool = False,
+             named: bool = True) -> Dict:
     """Top-1 and top-5 accuracy in percent, mean cross-entropy, images/s, the number of images, and those of damaged
     ones.
 
     loader: batches of pictures.batches.collate. A damaged image, which has the label -1, counts as wrong and is named;
     the mean cross-entropy is that of the others. shared: each process's `loader` has its own share of the images; the
-    counts are summed over all.
+    counts are summed over all. named: name damaged images; not where the same loader has just been evaluated.
     """
     model.eval()
     show, sums, images, damaged = machine.world.is_main, [0.0] * 4, 0, 0
     progress = Progress(loaded(loader), len(loader), "Test:", show)
     for pixels, labels, _, batch_damaged in progress:
         for _, path, label, reason in batch_damaged:
-            if show or shared:
+            if named and (show or shared):
                 print("Damaged image, counted as wrong: {} (class {}; {})".format(path, label, reason), file=sys.stderr,
                       flush=True)
         samples, targets = machine.images(pixels), labels.to(machine.device, non_blocking=True)

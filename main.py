@@ -270,7 +270,7 @@ def validate(learner, loader, shared):
     average = learner.average
     if average is not None and next(average.module.parameters()).device.type == learner.machine.device.type:
         processes.broadcast_buffers(average.module)
-        figures = evaluate(average.module, loader, learner.machine, shared)
+        figures = evaluate(average.module, loader, learner.machine, shared, named=False)
         log.update(test_ema_acc1=figures["acc1"], test_ema_loss=figures["loss"])
     return log
 

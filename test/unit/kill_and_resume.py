@@ -37,6 +37,7 @@ def _sometimes_infinite(self, inputs, outputs, labels, taught=None):
     loss = _loss(self, inputs, outputs, labels, taught)
     return loss * float("inf") if int(labels.argmax(1).sum()) % 4 == 1 else loss
 
+
 def flags(data, out, processes):
     return ["--device", "cpu", "--data_path", data, "--input-size", "64", "--model", "EvoLeViT_128S", "--drop-path",
          "0.1", "--distillation-type", "none", "--batch-size", str(8 // processes), "--epochs", "3",
