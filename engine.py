@@ -209,6 +209,6 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, machine: Machine, share
     if shared:
         loss, correct1, correct5, nonfinite, images, damaged = machine.sum(loss, correct1, correct5, nonfinite, images,
                                                                           damaged)
-    return {"loss": loss / max(images - damaged, 1), "acc1": 100.0 *correct1 / images, "acc5": 100.0 *correct5 / images,
-         "images_per_s": images / max(seconds, 1e-9), "images": int(images), "damaged": int(damaged),
-            "nonfinite": int(nonfinite)}
+    return {"loss": loss / max(images - damaged, 1), "acc1": 100.0 * correct1 / images,
+            "acc5": 100.0 * correct5 / images, "images_per_s": images / max(seconds, 1e-9), "images": int(images),
+            "damaged": int(damaged), "nonfinite": int(nonfinite)}

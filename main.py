@@ -191,8 +191,8 @@ def train(args, given, checkpoint, machine, agreement):
     val_loader, shared = build_val_loader(args, machine)
     model = build_student(args, data.classes, say, checkpoint is None)
     teacher, labels = build_teaching(args, data.classes, len(data), machine)
-    flops = 2 * (3 * describe(model, args, machine) + ( count_macs(teacher.model,
-                 teacher.input_size or args.input_size) if teacher is not None else 0)) # of a training image
+    macs = 3 * describe(model, args, machine)  # of a training image, forwards and backwards
+    macs += count_macs(teacher.model, teacher.input_size or args.input_size) if teacher is not None else 0
     matmul_rate = measure_matmul_rate(machine.device, machine.precision.dtype) * machine.world.size
     criterion, mixup = build_criterion(args, len(data.classes), teacher)
     unused = find_unused(model.to(machine.device), criterion, args, machine)
@@ -227,7 +227,7 @@ def train(args, given, checkpoint, machine, agreement):
             log = train_one_epoch(learner, feed, epoch, control, done, args.max_steps and args.max_steps - updates,
                  saved)
             updates += log["updates"] - done.updates
-            log.update(train_seconds=time.time() - epoch_start, mfu=flops * log["train_images_per_s"] / matmul_rate,
+            log.update(train_seconds=time.time() - epoch_start, mfu=2 * macs * log["train_images_per_s"] / matmul_rate,
                        epoch=epoch, mode=state.mode, keep_ratios=keep_ratios(learner.model))
             log.update(validate(learner, val_loader, shared))
             log.update(seconds=time.time() - epoch_start, peak_memory_mb=devices.peak_memory_mb(machine.device),

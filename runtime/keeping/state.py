@@ -100,6 +100,7 @@ class TrainingState:
         """
         if checkpoint is not None:
             self._take_weights(checkpoint)
+            self.mode = checkpoint.mode()  # what an export says of a run that is at its end already
             try:
                 self._take_place(checkpoint.content, given_start_epoch)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
