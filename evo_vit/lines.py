@@ -1,6 +1,6 @@
 """The tested version lines, in one table: what evo_vit/compat.py checks, test/venv.sh installs and the README lists.
 
-`python evo_vit/lines.py LINE` prints a line for the shell; it needs nothing but Python.
+`python evo_vit/lines.py LINE` prints a line for the shell, without LINE the names of all; it needs nothing but Python.
 """
 import sys
 from collections import OrderedDict
@@ -30,12 +30,21 @@ class Line(object):
 LINES = OrderedDict([
     ("1.5", Line("3.7", "1.5.1", "==0.2.2.post3", "==0.4.12", ">=6.2,<7", ">=1.19,<1.22", "1.5_requirements.txt")),
     ("1.8", Line("3.7 3.8", "1.8.1", "==0.9.1", "==0.4.12", ">=8,<9.6", ">=1.19,<1.24", "1.8_requirements.txt")),
+    ("2.1", Line("3.8 3.9 3.10 3.11", "2.1.0", "==0.16.0", ">=1.0.20,<1.1", ">=9.1,<12", ">=1.22,<2",
+                 "2.1_requirements.txt")),
+    ("2.5", Line("3.9 3.10 3.11", "2.5.1", "==0.20.1", ">=1.0.20,<1.1", ">=9.1,<12", ">=1.22,<2",
+                 "2.5_requirements.txt")),
+    ("2.7", Line("3.10 3.11 3.9", "2.7.1", "==0.22.1", ">=1.0.20,<1.1", ">=9.1,<12", ">=1.22,<2",
+                 "2.7_requirements.txt")),
     ("current", Line("3.11 3.12 3.13 3.10", "2.13.0", "==0.28.0", ">=1.0.31,<1.1", ">=10,<13", ">=1.26,<3",
                      "requirements.txt")),
 ])
 
 
-def main(name):
+def main(name=None):
+    if name is None:
+        print(" ".join(LINES))
+        return 0
     if name not in LINES:
         print("error: --line {}: the lines are {}".format(name, ", ".join(LINES)), file=sys.stderr)
         return 2
@@ -46,4 +55,4 @@ def main(name):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # The main job on real images, without a download of data: trains a small teacher on scikit-learn's handwritten
 # digits, distils EvoLeViT_128S from it (layer-wise, then stage-wise token selection), evaluates, draws, prints a table.
-# bash test/quickstart.sh [--line 1.5|1.8|current]
+# bash test/quickstart.sh [--line LINE]   (a version line of evo_vit/lines.py)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . test/venv.sh
 line=current venv=.venv
 case "${1:-}" in
     "") ;;
-    --line) line=${2:?error: --line needs one of 1.5, 1.8, current}; venv=.venv-$line ;;
+    --line) line=${2:?error: --line needs the name of a line}; venv=.venv-$line ;;
     --line=*) line=${1#*=}; venv=.venv-$line ;;
-    *) echo "error: unknown argument $1; the only one is --line 1.5, 1.8 or current" >&2; exit 2 ;;
+    *) echo "error: unknown argument $1; the only one is --line LINE" >&2; exit 2 ;;
 esac
 make_venv "$venv" "$line"
 python=$venv/bin/python

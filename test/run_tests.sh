@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests in a virtual environment of their own.
-# bash test/run_tests.sh [--line 1.5|1.8|current|all] [--slow | --share] [pytest arguments]
-#   --line   one version line, the current one if not given; on the older ones without the tests that no line can change
-#   --slow   all tests, also those that take minutes, and on the older lines those that no line can change
+# bash test/run_tests.sh [--line LINE|all] [--slow | --share] [pytest arguments]
+#   --line   a version line of evo_vit/lines.py, the current one if not given; on the others without the tests that no line can change
+#   --slow   all tests, also those that take minutes, and on the other lines those that no line can change
 #   --share  the default ones and the few slow ones that every change has to pass
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 line=current which=default
 while [ $# -gt 0 ]; do
     case "$1" in
-        --line) line=${2:?error: --line needs one of 1.5, 1.8, current, all}; shift 2 ;;
+        --line) line=${2:?error: --line needs the name of a line, or all}; shift 2 ;;
         --line=*) line=${1#*=}; shift ;;
         --slow) which=slow; shift ;;
         --share) which=share; shift ;;
@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
     esac
 done
 if [ "$line" = all ]; then
-    for one in 1.5 1.8 current; do
+    for one in $("${PYTHON:-python3}" evo_vit/lines.py); do
         bash "$0" --line "$one" $([ "$which" = default ] || echo "--$which") "$@"
     done
     exit
