@@ -38,3 +38,11 @@ def describe_training(args, machine, images, updates):
         say("Note: --warmup-epochs {} is not shorter than --epochs {}, so all of the run is warm-up: its rate starts "
             "at {:.4g} and never reaches the one above; --warmup-epochs 0 trains without".format(args.warmup_epochs,
              args.epochs, args.warmup_lr))
+
+
+def describe_epoch(log, best_by, best, say):
+    """An epoch's line: its figures of log.txt, and the best so far of the one that `best_by` names."""
+    say("Epoch {epoch} ({mode}): train loss {train_loss:.4f}, {train_images_per_s:.1f} images/s ({mfu:.0%} of the "
+        "matmul rate, {waiting_for_data:.0%} waiting for data); test Acc@1 {test_acc1:.3f}, Acc@5 {test_acc5:.3f}, "
+        "loss {test_loss:.4f}; best {best_by} {best:.3f}".format(best_by="Acc@1" if best_by == "test_acc1"
+        else "Acc@1 of the average", best=best, **log))

@@ -18,6 +18,7 @@ from runtime.learning.clipping import clip_gradients
 from runtime.machine.devices import start_reading
 from runtime.machine.machine import Machine
 from runtime.machine.processes import parallelize
+from runtime.machine.profiling import Profile
 from runtime.pictures.batches import loaded
 from samplers import Feed
 
@@ -108,10 +109,12 @@ class Learner:
 
 
 def train_one_epoch(learner: Learner, feed: Feed, epoch: int, control: Control, done: Done = Done(),
-                    max_updates: Optional[int] = None, saved: Optional[Callable] = None) -> Dict:
+                    max_updates: Optional[int] = None, saved: Optional[Callable] = None,
+                    profile: Optional[Profile] = None) -> Dict:
     """Trains for one epoch, or `max_updates` of it, from where it is `done`.
 
-    saved: called with the present Done after an update where `control` says that it is time to save.
+    saved: called with the present Done after an update where `control` says that it is time to save. profile: an
+    entered Profile, or None.
     Returns train_loss and train_lr, the number of updates, images/s over all processes and the share of the time that
     was spent waiting for data (both after the first WARMUP_UPDATES where there are more), and the loss scale where
     there is one. Raises NonFiniteLoss, with a `report` of the update and its files, and TooManyDamagedImages.
@@ -133,6 +136,8 @@ def train_one_epoch(learner: Learner, feed: Feed, epoch: int, control: Control, 
                             "files": feed.names(batches)}
             raise
         updates += 1
+        if profile is not None:
+            profile.step()
         if control.nonfinite_in_a_row:
             print("Left out update {} of epoch {} at learning rate {:.3g}: the loss is not finite".format(number, epoch,
                  lr), file=sys.stderr, flush=True)

@@ -137,8 +137,8 @@ def get_args_parser():
     add = parser.add_argument_group("device, precision and speed").add_argument
     add("--device", default="auto", choices=("auto", "npu", "cuda", "cpu"), help="auto takes the first of npu, cuda "
         "and cpu")
-    add("--device_id", "--device-id", type=count, default=0,
-        metavar="CARD", help="the first process's card, counted from 0")
+    add("--device_id", "--device-id", type=count, default=0, metavar="CARD", help="the first process's card, counted "
+        "from 0 among the visible ones (ASCEND_RT_VISIBLE_DEVICES, CUDA_VISIBLE_DEVICES)")
     add("--amp-backend", default="auto", choices=("auto", "apex", "native", "none"),
         help="auto: on an NPU apex if it is installed, " "else native; on CUDA native; on a CPU none")
     add("--opt-level", choices=("O0", "O1", "O2"),
@@ -170,6 +170,8 @@ def get_args_parser():
     add("--skip-nonfinite", type=count, default=0, metavar="N",
         help="leave out up to N updates in a row without finite loss")
     add("--export-weights", type=path, default="", metavar="FILE", help="write the weights at the end as safetensors")
+    add("--profile", type=positive, metavar="N", help="record N updates, after the first 5: a trace in DIR/profile for "
+        "Perfetto or MindStudio, and a table of the most expensive operators (default: none)")
     add("--tensorboard", action="store_true", help="also write log.txt's figures for TensorBoard, to DIR/tensorboard")
 
     add = parser.add_argument_group("evaluation").add_argument

@@ -13,7 +13,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler
 
 import losses
-from announce import describe, describe_training
+from announce import describe, describe_epoch, describe_training
 from datasets import Augmentation, build_dataset, build_transform, crop_pct
 from engine import Learner, evaluate, label_epoch, train_one_epoch
 from fix_timm.mixup import Mixup
@@ -52,6 +52,7 @@ from runtime.machine.compiling import compile_module, frozen_weights
 from runtime.machine.cost import count_macs, measure_matmul_rate
 from runtime.machine.machine import Machine
 from runtime.machine.precision import build_precision
+from runtime.machine.profiling import profiled
 from runtime.machine.randomness import seed_everything
 from runtime.pictures.batches import EvaluationView, TrainingView, collate
 from runtime.pictures.folders import describe_left_out
@@ -209,6 +210,7 @@ def train(args, given, checkpoint, machine, agreement):
         state.restore(checkpoint, "start_epoch" in given, say)
         held.enter_context(Lock(args.output_dir if machine.world.is_main else None))
         scalars = open_output(args, state, checkpoint is None, machine)
+        profile = held.enter_context(profiled(args.profile, machine, args.output_dir))
         start, updates, shared_mode = time.time(), 0, None
 
         def saved(done):
@@ -225,7 +227,7 @@ def train(args, given, checkpoint, machine, agreement):
                 learner.share(unused.get(state.mode, ()))
                 shared_mode = state.mode
             log = train_one_epoch(learner, feed, epoch, control, done, args.max_steps and args.max_steps - updates,
-                 saved)
+                                  saved, profile)
             updates += log["updates"] - done.updates
             log.update(train_seconds=time.time() - epoch_start, mfu=2 * macs * log["train_images_per_s"] / matmul_rate,
                        epoch=epoch, mode=state.mode, keep_ratios=keep_ratios(learner.model))
@@ -237,10 +239,7 @@ def train(args, given, checkpoint, machine, agreement):
                 state.save(best)
                 if scalars is not None:
                     scalars.write(log)
-            say("Epoch {epoch} ({mode}): train loss {train_loss:.4f}, {train_images_per_s:.1f} images/s ({mfu:.0%} of "
-                "the matmul rate, {waiting_for_data:.0%} waiting for data); test Acc@1 {test_acc1:.3f}, Acc@5 "
-                "{test_acc5:.3f}, loss {test_loss:.4f}; best {best_by} {best:.3f}".format(best_by="Acc@1"
-                if args.best_by == "test_acc1" else "Acc@1 of the average", best=state.max_accuracy, **log))
+            describe_epoch(log, args.best_by, state.max_accuracy, say)
             processes.barrier()
             if updates == args.max_steps:
                 break

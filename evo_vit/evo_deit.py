@@ -74,7 +74,7 @@ class Attention(nn.Module):
         """q, k, v (B, heads, T, d) -> attended tokens (B, T, heads * d), and the class attention of the patch tokens,
         summed over the heads (B, T - 1)."""
         x, class_attn = attention(q, k, v, int(q.shape[-1]) ** -0.5)
-        return x.transpose(1, 2).flatten(2), class_attn.sum(dim=1)[:, 1:]
+        return x.transpose(1, 2).flatten(2), class_attn[:, :, 1:].sum(dim=1)  # in one piece, as gather takes it
 
 
 class Mlp(nn.Module):

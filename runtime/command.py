@@ -118,9 +118,9 @@ def need(what: str, *packages: str):
 
 
 def need_compiler(what: str):
-    """Raises UserError where this PyTorch cannot compile modules in place."""
+    """Raises UserError where this PyTorch cannot compile the models."""
     if not can_compile():
-        raise UserError("{} needs PyTorch 2.2 or newer".format(what))
+        raise UserError("{} needs PyTorch 2.1 or newer".format(what))
 
 
 def run(command, args, failing=""):

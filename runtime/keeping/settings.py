@@ -40,6 +40,7 @@ RUN = {
     "opt_level",
     "output_dir",
     "pin_mem",
+    "profile",
     "resume",
     "save_every_minutes",
     "save_every_steps",

@@ -11,6 +11,9 @@ from ..errors import UserError
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}  # torch.distributed's name for each device's collectives
 
+# which of a machine's cards a process sees; device numbers count these alone
+VISIBLE = {"npu": "ASCEND_RT_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}
+
 
 def _load_npu():
     """(torch.npu or None, why it cannot be used or None). The torch 1.5 of an Ascend server has torch.npu built in;
@@ -67,8 +70,10 @@ def check_count(kind, module, processes, first):
     """Raises UserError where this machine has fewer cards than the processes need from card `first` on."""
     count = module.device_count()
     if first + processes > count:
-        raise UserError("there {} {} {} device{} here, too few for {} process{} from card {} on; start one process a "
-            "card".format("is" if count == 1 else "are", count, kind, "" if count == 1 else "s", processes, ""
+        variable = VISIBLE[kind]
+        shown = " ({} is {})".format(variable, os.environ[variable]) if os.environ.get(variable) else ""
+        raise UserError("there {} {} {} device{} here{}, too few for {} process{} from card {} on; start one process a "
+            "card".format("is" if count == 1 else "are", count, kind, "" if count == 1 else "s", shown, processes, ""
             if processes == 1 else "es", first))
 
 

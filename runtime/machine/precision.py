@@ -206,6 +206,8 @@ def build_precision(device, amp_backend="auto", opt_level=None, loss_scale=None,
     if amp_dtype is not None and (opt_level != "O1" or amp_backend == "apex"):
         raise UserError("--amp-dtype {} is for PyTorch's own mixed precision (--amp-backend native, --opt-level O1)"
                         .format(amp_dtype))
+    if amp_dtype == "bf16" and not versions.has_bf16(device.type):
+        raise UserError("--amp-dtype bf16: this {} does not compute in bf16; use fp16".format(device.type))
     if opt_level == "O0":
         return Precision()
 

@@ -136,6 +136,8 @@ def init_processes(world: World, device: torch.device, dist_url: str = "env://",
         address, port = _meeting_place(world)
         os.environ.setdefault("MASTER_ADDR", address)
         os.environ.setdefault("MASTER_PORT", str(port))
+    if device.type == "npu":
+        agree_on_timeouts(timeout)
     try:
         dist.init_process_group(BACKENDS[device.type], init_method=dist_url, world_size=world.size, rank=world.rank,
                                 timeout=timeout)
@@ -145,6 +147,15 @@ def init_processes(world: World, device: torch.device, dist_url: str = "env://",
         raise UserError("process {} of {} does not meet the others at {} within {:g} minutes ({}); are all of them "
             "started, with the same MASTER_ADDR and MASTER_PORT?".format(world.rank, world.size, where,
             timeout.total_seconds() / 60, str(error).split("\n")[0][:160]))
+
+
+def agree_on_timeouts(timeout: timedelta):
+    """Lets HCCL give up when `timeout` says so, unless the user has set its variables: as many seconds for a collective
+    (HCCL_EXEC_TIMEOUT, at least the 68 that Atlas training cards round to, at most the 17,340 that they take), and for
+    the first meeting what is allowed of it (HCCL_CONNECT_TIMEOUT, 120 to 7,200). CANN 8.5, environment variables."""
+    seconds = int(timeout.total_seconds())
+    os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(min(max(seconds, 68), 17340)))
+    os.environ.setdefault("HCCL_CONNECT_TIMEOUT", str(min(max(seconds, 120), 7200)))
 
 
 def close_processes():

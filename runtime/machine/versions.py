@@ -61,6 +61,13 @@ def has_autocast(device_type: str) -> bool:
     return hasattr(amp, "autocast") and hasattr(amp, "GradScaler")
 
 
+def has_bf16(device_type: str) -> bool:
+    """Whether the device computes in bf16, as far as its module can say; PyTorch before 1.10 does on none."""
+    if not hasattr(torch, "autocast"):
+        return False
+    return device_type == "cpu" or getattr(getattr(torch, device_type), "is_bf16_supported", lambda: True)()
+
+
 def autocast(device_type: str, dtype: torch.dtype):
     """Context of mixed precision in `dtype`; older PyTorch knows fp16 alone."""
     if device_type == "npu":

@@ -95,7 +95,7 @@ def test_one_set_of_weights_at_many_speeds(tmp_path, student):
     (["train", "--compare", "EvoLeViT_128S,teacher-size=big"], "teacher-size"),
     (["breakdown", "--compare", "EvoLeViT_128S,plain,teacher=none"], "recipe's own step"),
     (["breakdown", "--compare", "EvoLeViT_128S,teacher=none", "--compile"],
-     "own step, not compiled" if can_compile() else "compile needs PyTorch 2.2 or newer"),
+     "own step, not compiled" if can_compile() else "compile needs PyTorch 2.1 or newer"),
     (["inference", "--rounds", "0"], "0 is not a positive whole number"),
     (["inference", "--batch-size", "big"], "big is not a positive whole number")])
 def test_mistakes_end_in_one_sentence(flags, sentence, capsys):

@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import commands
 import pytest
 import torch
+
+from runtime.machine.processes import agree_on_timeouts
 
 pytestmark = pytest.mark.once
 
@@ -217,3 +220,43 @@ def test_fix_timm_needs_timm_0_4_12(tmp_path):
     for arguments, sentence in (([fake], "is timm 0.9.16"), ([tmp_path], "is no timm package")):
         code, out, err = commands.run(["bash", os.path.join(commands.ROOT, "fix_timm", "apply.sh")] + arguments)
         assert (code, out) == (2, "") and err.count("\n") == 1 and sentence in err
+
+
+def environment(toolkit, python, **variables):
+    """{name: value} after test/env_npu.sh, with a toolkit in that folder."""
+    result = subprocess.run(["bash", "-euc", ". test/env_npu.sh; env"], cwd=commands.ROOT, check=True,
+                            env=dict(PATH=os.environ["PATH"], HOME="/nowhere", ASCEND_TOOLKIT_HOME=str(toolkit),
+                                     PYTHON=str(python), **variables),
+                            stdout=subprocess.PIPE, universal_newlines=True)
+    return dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
+
+
+@pytest.mark.once
+def test_the_ascend_environment_is_set_where_the_user_has_not_set_it(tmp_path):
+    (tmp_path / "set_env.sh").write_text("export TOOLKIT_WAS_HERE=1 $NOT_SET_ANYWHERE\n")
+    for version, queue, affinity in (("1.8.1", "1", None), ("2.1.0", "2", "2"), ("2.9.0+cpu", "2", "2")):
+        python = tmp_path / "python"
+        python.write_text("#!/bin/sh\necho {}\n".format(version))
+        python.chmod(0o755)
+        found = environment(tmp_path, python)
+        assert found["TOOLKIT_WAS_HERE"] == "1" and found["INF_NAN_MODE_ENABLE"] == "1"
+        assert (found["TASK_QUEUE_ENABLE"], found.get("CPU_AFFINITY_CONF")) == (queue, affinity)
+        assert not [name for name in found if name.endswith("_TIMEOUT")]
+    own = {"TASK_QUEUE_ENABLE": "0", "CPU_AFFINITY_CONF": "1,npu0:0-3", "INF_NAN_MODE_ENABLE": "0",
+           "PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:64", "ASCEND_GLOBAL_LOG_LEVEL": "1"}
+    found = environment(tmp_path, python, **own)
+    assert {name: found[name] for name in own} == own
+    assert "TASK_QUEUE_ENABLE" not in environment(tmp_path / "nothing", python)
+
+
+@pytest.mark.parametrize("minutes, own, expected", [
+    (30, None, ("1800", "1800")), (0.1, None, ("68", "120")), (600, None, ("17340", "7200")),
+    (30, "99", ("99", "99"))])
+def test_hccl_gives_up_when_the_job_does(minutes, own, expected, monkeypatch):
+    names = ("HCCL_EXEC_TIMEOUT", "HCCL_CONNECT_TIMEOUT")
+    for name in names:
+        monkeypatch.setenv(name, own or "")
+        if own is None:
+            monkeypatch.delenv(name)
+    agree_on_timeouts(timedelta(minutes=minutes))
+    assert tuple(os.environ[name] for name in names) == expected

@@ -9,11 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import commands
 import pytest
 import torch
 from torch_npu_wheel import base
+
+from runtime.errors import UserError
+from runtime.machine import compiling
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DOUBLE = os.path.join(HERE, "npu_double")
@@ -293,3 +297,53 @@ def test_the_real_torch_npu_without_a_toolkit(digit_folder, tmp_path):
         assert printed.count("no NPU is used: torch_npu does not load") == (device == "auto")
     code, out, err = commands.run([sys.executable, commands.MAIN, "--device", "npu"] + SMALL + flags, env=env)
     assert (code, out) == (2, "") and err.count("\n") == 1 and "set_env.sh" in err
+
+
+@pytest.mark.slow
+def test_compiled_models_are_whole_graphs_of_static_shapes_for_torchair():
+    """One graph forwards and one backwards, in both modes of both families, with nothing in them that waits for the
+    device; the stand-in of torchair refuses such graphs."""
+    code, out, err = commands.helper("npu_compiled", "npu", env=with_double())
+    assert code == 0, out + err
+    report = json.loads(out.splitlines()[-1])
+    print(report)
+    assert len(report) == 4
+    for case, found in report.items():
+        assert found["graphs"] == 2 and found["devices"] == ["npu"] and found["operators"] > 100, (case, found)
+        assert found["difference"] < 1e-5 and found["gradients"] < 1e-4, (case, found)
+
+
+@pytest.mark.parametrize("version, modules, variable, expected", [
+    ((2, 1), {"torchair"}, None, "torchair"),
+    ((2, 6), {"torchair", "torch_npu._inductor", "triton"}, "mlir", "torchair"),
+    ((2, 7), {"torchair", "torch_npu._inductor"}, None, "torchair"),
+    ((2, 7), {"torchair", "torch_npu._inductor"}, "mlir", "inductor"),
+    ((2, 9), {"torch_npu._inductor", "triton"}, None, "inductor"),
+    ((2, 9), {"torch_npu._inductor"}, None, None),
+    ((2, 1), set(), None, None)])
+def test_the_compiler_of_an_npu_is_the_one_that_is_installed(version, modules, variable, expected, monkeypatch):
+    monkeypatch.setattr(compiling, "TORCH", version)
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: name if name in modules else None)
+    fake = types.SimpleNamespace(CompilerConfig=dict, get_npu_backend=lambda compiler_config: "torchair")
+    monkeypatch.setitem(sys.modules, "torchair", fake)
+    monkeypatch.delenv("TORCHINDUCTOR_NPU_BACKEND", raising=False)
+    if variable:
+        monkeypatch.setenv("TORCHINDUCTOR_NPU_BACKEND", variable)
+    if expected is None:
+        with pytest.raises(UserError, match="nothing here compiles for an NPU; install triton-ascend"):
+            compiling._npu_backend()
+    else:
+        assert compiling._npu_backend() == expected
+
+
+def test_the_cards_are_those_that_the_runtime_shows(tmp_path):
+    command = [sys.executable, "-m", "runtime.machine.devices"]
+    for visible, processes, first, code, sentence in (
+            ("4,5", 2, 0, 0, "Device: npu x 2, collectives by hccl\n"),
+            ("4,5", 2, 1, 2, "error: there are 2 npu devices here (ASCEND_RT_VISIBLE_DEVICES is 4,5), too few for 2 "
+                             "processes from card 1 on; start one process a card\n"),
+            ("7", 8, 0, 2, "error: there is 1 npu device here (ASCEND_RT_VISIBLE_DEVICES is 7), too few for 8 "
+                           "processes from card 0 on; start one process a card\n")):
+        found, out, err = commands.run(command + [str(processes), str(first)],
+                                       env=dict(with_double(8), ASCEND_RT_VISIBLE_DEVICES=visible))
+        assert (found, out + err) == (code, sentence)

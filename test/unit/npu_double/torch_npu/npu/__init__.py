@@ -1,13 +1,20 @@
 """torch.npu: the device module."""
+import os
+
 import torch
 
 from .. import double
 from . import amp  # noqa: F401
 
-device_count = double.device_count
 current_device = double.current_device
 options = {}  # what set_option was given
 jit_compile = []  # what set_compile_mode was given
+
+
+def device_count():
+    """The cards that the runtime shows: those of ASCEND_RT_VISIBLE_DEVICES, where it is set."""
+    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    return double.device_count() if visible is None else min(len(visible.split(",")), double.device_count())
 
 
 def is_available():

@@ -1,0 +1,43 @@
+"""--profile: a trace, and the most expensive operators."""
+import json
+import re
+import sys
+
+import commands
+import pytest
+import torch
+
+RUN = ("--model", "EvoLeViT_128S", "--distillation-type", "none", "--batch-size", 8, "--epochs", 1)
+needs_profiler = pytest.mark.skipif(not hasattr(torch, "profiler"), reason="this PyTorch has no profiler of steps")
+
+
+@needs_profiler
+def test_a_run_leaves_a_trace_and_a_table_of_ten_operators(digit_folder, tmp_path):
+    out = commands.succeed(*RUN, "--profile", 2, "--max-steps", 8, "--data-path", digit_folder, "--output_dir",
+                           tmp_path)
+    with open(str(tmp_path / "profile" / "trace.json")) as f:
+        events = json.load(f)["traceEvents"]
+    names = [event.get("name") for event in events]
+    assert len([name for name in names if re.match(r"ProfilerStep#\d+$", str(name))]) >= 2
+    assert "aten::convolution" in names
+    lines = out.splitlines()
+    start = lines.index(" ms/update    calls  operator")
+    rows = [line.split() for line in lines[start + 1:start + 11]]
+    times = [float(row[0]) for row in rows]
+    assert len(rows) == 10 and times == sorted(times, reverse=True) and times[0] > 0
+    assert any(row[2] == "aten::native_batch_norm" or "conv" in row[2] for row in rows), rows
+    assert lines[start + 11].startswith("Profile of 2 updates: {}".format(tmp_path / "profile"))
+
+
+@needs_profiler
+def test_a_run_that_is_too_short_says_so(digit_folder, tmp_path):
+    out = commands.succeed(*RUN, "--profile", 2, "--max-steps", 2, "--data-path", digit_folder, "--output_dir",
+                           tmp_path)
+    assert "Note: the run ended before --profile had 2 updates after the first 5" in out
+
+
+@pytest.mark.skipif(hasattr(torch, "profiler"), reason="this PyTorch has a profiler of steps")
+def test_a_pytorch_without_one_ends_in_a_sentence(digit_folder, tmp_path):
+    code, out, err = commands.run([sys.executable, commands.MAIN] + commands.SMALL + list(
+        RUN + ("--profile", 2, "--data-path", digit_folder, "--output_dir", tmp_path)))
+    assert (code, err) == (2, "error: --profile needs PyTorch 1.8.1 or newer\n")
