@@ -1,8 +1,13 @@
 """The first lines of a run: what is computed, where, and on what two runs of the same flags may differ."""
+import platform
+import statistics
+
 from evo_vit import compat
 from flags import PUBLISHED_EPOCHS, global_batch, published_global_batch, scaled_lr
 from runtime.learning.models import default_input_size, is_evo_name
 from runtime.machine.cost import count_macs
+
+SLOW = 1.5
 
 
 def describe(model, args, machine):
@@ -26,7 +31,7 @@ def describe_training(args, machine, images, updates):
     batch, say = global_batch(args, machine), machine.say
     say("Data: {}, {:,} training images".format(args.data_set, images))
     say("Global batch: {} = {} images x {} processes x {} accumulation steps".format(
-        batch, args.batch_size, machine.world.size, args.accum_steps))
+        batch, args.batch_size, machine.world.size, args.micro_batches))
     say("Learning rate: {:.4g} after scaling ({:.4g} x {} / 512)".format(scaled_lr(args, machine), args.lr, batch))
     say("Updates: {} per epoch, {} epochs".format(updates, args.epochs))
     published = published_global_batch(args.model, default_input_size(args.model))
@@ -38,6 +43,18 @@ def describe_training(args, machine, images, updates):
         say("Note: --warmup-epochs {} is not shorter than --epochs {}, so all of the run is warm-up: its rate starts "
             "at {:.4g} and never reaches the one above; --warmup-epochs 0 trains without".format(args.warmup_epochs,
              args.epochs, args.warmup_lr))
+
+
+def name_slow(own_seconds, agreement, say):
+    """Names the process that takes the longest for its part of an update, where that is SLOW times what the others'
+    median takes: they wait for it in every update. own_seconds: this process's, as train_one_epoch gives it."""
+    seconds = agreement.gather(own_seconds)
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    others = statistics.median(seconds[:slowest] + seconds[slowest + 1:] or seconds)
+    if seconds[slowest] > SLOW * others:
+        machines = agreement.texts(platform.node())
+        say("Note: process {} on {} is slow: {:.3g} s an update for its data and forward passes; the others, {:.3g} s, "
+            "wait for it".format(slowest, machines[slowest], seconds[slowest], others))
 
 
 def describe_epoch(log, best_by, best, say):

@@ -1,6 +1,6 @@
 """What is trained, as a noun: a Learner and its update; an epoch of updates, of teacher labels, and evaluation."""
 import math
-import sys
+import statistics
 from contextlib import contextmanager
 from typing import Callable, Dict, List, Optional, Sequence
 
@@ -15,9 +15,9 @@ from runtime.keeping.progress import Progress
 from runtime.keeping.state import Done
 from runtime.learning.average import ModelEma
 from runtime.learning.clipping import clip_gradients
-from runtime.machine.devices import start_reading
+from runtime.machine.devices import Stopwatch, start_reading
 from runtime.machine.machine import Machine
-from runtime.machine.processes import parallelize
+from runtime.machine.processes import broadcast_buffers, complain, parallelize
 from runtime.machine.profiling import Profile
 from runtime.pictures.batches import loaded
 from samplers import Feed
@@ -50,11 +50,19 @@ class Learner:
         self.clip_mode = clip_mode
         self.average = average
         self.parallel = model  # what training's forward passes go through
+        self.forward_seconds = []  # of each update, of this process alone: it does not wait for others here
 
     def share(self, unused: Sequence[str] = ()):
         """From now on gradients are averaged over all processes, but for the parameters named in `unused`, which get
         none; to be called again where these change."""
         self.parallel = parallelize(self.model, self.machine.device, unused)
+
+    def share_statistics(self):
+        """Gives every process the first one's batch-norm statistics, of the model and of its average: DDP leaves them
+        alone, training does not use them, and what is evaluated is what is saved."""
+        broadcast_buffers(self.model)
+        if self.average is not None and next(self.average.module.parameters()).device.type == self.machine.device.type:
+            broadcast_buffers(self.average.module)
 
     @property
     def lr(self) -> float:
@@ -73,9 +81,10 @@ class Learner:
         """
         precision = self.machine.precision
         self.optimizer.zero_grad()
-        total = 0.0
+        total, watch = 0.0, Stopwatch(self.machine.device)
         for i, micro_batch in enumerate(micro_batches, 1):
             last = i == len(micro_batches)
+            watch.start()
             images, labels, taught = place(micro_batch)
             with self._exchanging_gradients(last):
                 with precision.autocast():
@@ -83,10 +92,12 @@ class Learner:
                         taught = self.criterion.teach(images)  # before the student's forward pass and its activations
                     loss = self.criterion(images, self.parallel(images), labels, taught) / len(micro_batches)
                 total = total + loss.detach()
+                watch.stop()
                 if last:
                     read_loss = start_reading(total)  # before the backward pass, which the host then need not wait for
                 precision.backward(loss, self.optimizer, last)
         loss_value = read_loss()
+        self.forward_seconds.append(watch.seconds())
         if not allowed(loss_value):
             precision.skip(self.optimizer)
             return loss_value
@@ -116,11 +127,13 @@ def train_one_epoch(learner: Learner, feed: Feed, epoch: int, control: Control, 
     saved: called with the present Done after an update where `control` says that it is time to save. profile: an
     entered Profile, or None.
     Returns train_loss and train_lr, the number of updates, images/s over all processes and the share of the time that
-    was spent waiting for data (both after the first WARMUP_UPDATES where there are more), and the loss scale where
+    was spent waiting for data (both after the first WARMUP_UPDATES where there are more), own_seconds, what an update
+    takes this process without waiting for the others (data and forward passes, by the median), and the loss scale where
     there is one. Raises NonFiniteLoss, with a `report` of the update and its files, and TooManyDamagedImages.
     """
     machine = learner.machine
     learner.parallel.train()
+    learner.forward_seconds.clear()
     planned = feed.updates_in_epoch - done.updates
     planned = planned if max_updates is None else min(planned, max_updates)
     progress = Progress(feed.updates(epoch, done), planned, "Epoch: [{}]".format(epoch), machine.world.is_main)
@@ -139,8 +152,8 @@ def train_one_epoch(learner: Learner, feed: Feed, epoch: int, control: Control, 
         if profile is not None:
             profile.step()
         if control.nonfinite_in_a_row:
-            print("Left out update {} of epoch {} at learning rate {:.3g}: the loss is not finite".format(number, epoch,
-                 lr), file=sys.stderr, flush=True)
+            complain("Left out update {} of epoch {} at learning rate {:.3g}: the loss is not finite".format(
+                number, epoch, lr))
             done = done._replace(updates=number + 1)
         else:
             done = Done(number + 1, done.loss_sum + loss, done.counted + 1)
@@ -154,9 +167,12 @@ def train_one_epoch(learner: Learner, feed: Feed, epoch: int, control: Control, 
         if updates == planned:
             break
     machine.synchronize()
+    timed = updates - WARMUP_UPDATES if updates > WARMUP_UPDATES else updates
+    own = statistics.median(learner.forward_seconds or [0.0]) + progress.waited / max(timed, 1)
     loss_sum, counted = machine.sum(done.loss_sum, done.counted)
     stats = {"train_loss": loss_sum / max(counted, 1), "train_lr": learner.lr, "updates": done.updates,
-             "train_images_per_s": progress.images_per_second, "waiting_for_data": progress.waiting_share}
+             "train_images_per_s": progress.images_per_second, "waiting_for_data": progress.waiting_share,
+             "own_seconds": own}
     if machine.precision.loss_scale is not None:
         stats["loss_scale"] = machine.precision.loss_scale
     return stats
@@ -194,8 +210,7 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, machine: Machine, share
     for pixels, labels, _, batch_damaged in progress:
         for _, path, label, reason in batch_damaged:
             if named and (show or shared):
-                print("Damaged image, counted as wrong: {} (class {}; {})".format(path, label, reason), file=sys.stderr,
-                      flush=True)
+                complain("Damaged image, counted as wrong: {} (class {}; {})".format(path, label, reason))
         samples, targets = machine.images(pixels), labels.to(machine.device, non_blocking=True)
         with machine.precision.autocast():
             logits = model(samples)

@@ -215,7 +215,7 @@ def published_global_batch(name, input_size):
 
 def global_batch(args, machine):
     """Images of an update, over all processes."""
-    return args.batch_size * machine.world.size * args.accum_steps
+    return args.batch_size * machine.world.size * args.micro_batches
 
 
 def scaled_lr(args, machine):

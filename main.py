@@ -13,7 +13,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler
 
 import losses
-from announce import describe, describe_epoch, describe_training
+from announce import describe, describe_epoch, describe_training, name_slow
 from datasets import Augmentation, build_dataset, build_transform, crop_pct
 from engine import Learner, evaluate, label_epoch, train_one_epoch
 from fix_timm.mixup import Mixup
@@ -22,10 +22,9 @@ from runtime.errors import NonFiniteLoss, RunFailed, Stopped, UserError
 from runtime.keeping.checkpoint import BEST, export_weights, load_checkpoint, load_newest
 from runtime.keeping.control import Control, Signals
 from runtime.keeping.exported import Program, how_to_run
-from runtime.keeping.output import Lock, explained, prepare_output_dir, summarize, write_args, write_summary
+from runtime.keeping.output import explained, opened, summarize, write_summary
 from runtime.keeping.restore import open_trained, restore
-from runtime.keeping.scalars import Scalars
-from runtime.keeping.settings import combine, need_same_classes, need_same_everywhere, places_in
+from runtime.keeping.settings import combine, micro_batches, need_same_classes, need_same_everywhere, places_in
 from runtime.keeping.sharing import same_for_all
 from runtime.keeping.state import TrainingState
 from runtime.keeping.teacher_labels import LabelWriter, TeacherLabels, label_settings
@@ -78,7 +77,7 @@ def build_train_loader(args, machine):
     if getattr(dataset, "left_out", None):
         machine.say("Note: {} holds files that are no pictures by their names: {}".format(
             dataset.root, describe_left_out(dataset.left_out)))
-    sampler = build_train_sampler(dataset, args.batch_size, machine.world.rank, machine.world.size, args.accum_steps,
+    sampler = build_train_sampler(dataset, args.batch_size, machine.world.rank, machine.world.size, args.micro_batches,
                                   args.repeated_aug, args.seed)
     return build_loader(TrainingView(dataset), args, machine, batch_sampler=sampler)
 
@@ -133,7 +132,7 @@ def build_criterion(args, num_classes, teacher):
 def build_teaching(args, classes, images, machine):
     """(the teacher, stored labels of one): at most one of them, where the loss needs what it says."""
     if args.teacher_labels:
-        replicas = machine.world.size * args.accum_steps
+        replicas = machine.world.size * args.micro_batches
         labels = TeacherLabels(args.teacher_labels, label_settings(args, replicas, images, len(classes)))
         machine.say("Teacher labels: {} epochs in {}".format(labels.epochs, args.teacher_labels))
         return None, labels
@@ -208,8 +207,7 @@ def train(args, given, checkpoint, machine, agreement):
                           args.skip_nonfinite)
         state = TrainingState(learner, lr_scheduler, control, data.classes, settings)
         state.restore(checkpoint, "start_epoch" in given, say)
-        held.enter_context(Lock(args.output_dir if machine.world.is_main else None))
-        scalars = open_output(args, state, checkpoint is None, machine)
+        scalars = held.enter_context(opened(state, checkpoint is None, agreement, say))
         profile = held.enter_context(profiled(args.profile, machine, args.output_dir))
         start, updates, shared_mode = time.time(), 0, None
 
@@ -229,13 +227,14 @@ def train(args, given, checkpoint, machine, agreement):
             log = train_one_epoch(learner, feed, epoch, control, done, args.max_steps and args.max_steps - updates,
                                   saved, profile)
             updates += log["updates"] - done.updates
+            name_slow(log.pop("own_seconds"), agreement, say)
             log.update(train_seconds=time.time() - epoch_start, mfu=2 * macs * log["train_images_per_s"] / matmul_rate,
                        epoch=epoch, mode=state.mode, keep_ratios=keep_ratios(learner.model))
             log.update(validate(learner, val_loader, shared))
             log.update(seconds=time.time() - epoch_start, peak_memory_mb=devices.peak_memory_mb(machine.device),
                        n_parameters=sum(p.numel() for p in model.parameters()), damaged_images=control.damaged)
             best = state.finish_epoch(log)
-            if machine.world.is_main:
+            if state.writes:
                 state.save(best)
                 if scalars is not None:
                     scalars.write(log)
@@ -249,26 +248,13 @@ def train(args, given, checkpoint, machine, agreement):
     return learner.model
 
 
-def open_output(args, state, fresh, machine):
-    """Prepares the output folder; returns what writes for TensorBoard, or None."""
-    scalars = None
-    if machine.world.is_main:
-        prepare_output_dir(args.output_dir, fresh, state.size_on_disk(), machine.say)
-        write_args(args.output_dir, state.settings)
-        state.write_log()
-        scalars = Scalars(args.output_dir, state.log) if args.tensorboard else None
-    processes.barrier()
-    return scalars
-
-
 def validate(learner, loader, shared):
     """Figures of an evaluation, for the log: test_* of the weights, and of their average test_ema_acc1 and
     test_ema_loss."""
-    processes.broadcast_buffers(learner.model)
+    learner.share_statistics()
     log = {"test_" + name: value for name, value in evaluate(learner.model, loader, learner.machine, shared).items()}
     average = learner.average
     if average is not None and next(average.module.parameters()).device.type == learner.machine.device.type:
-        processes.broadcast_buffers(average.module)
         figures = evaluate(average.module, loader, learner.machine, shared, named=False)
         log.update(test_ema_acc1=figures["acc1"], test_ema_loss=figures["loss"])
     return log
@@ -276,12 +262,12 @@ def validate(learner, loader, shared):
 
 def finish(args, state, updates, seconds, machine):
     """What a finished run leaves beside its checkpoints."""
-    if machine.world.is_main:
+    if state.writes:
         write_summary(args.output_dir, dict(
             summarize(state.log, state.settings["global_batch"]), model=args.model, device=machine.device.type,
             processes=machine.world.size, batch_size=args.batch_size, updates=updates, precision=machine.precision.name,
             best_acc1=max(entry["test_acc1"] for entry in state.log), seconds=seconds))
-        if args.export_weights:
+        if args.export_weights and machine.world.is_main:
             save_export(state.learner.model, args, state.classes, state.mode, machine.say)
     machine.say("Training time {}; {} holds the weights of the last epoch and of the best".format(
         timedelta(seconds=int(seconds)), args.output_dir))
@@ -396,7 +382,9 @@ def run(args, given):
         checkpoint.name_ignored(say)
     args = combine(args, given, checkpoint, family_defaults(args.model), say)
     check_model_name(args.model)
-    args = argparse.Namespace(**dict(vars(args), input_size=args.input_size or default_input_size(args.model)))
+    args = argparse.Namespace(**dict(
+        vars(args), input_size=args.input_size or default_input_size(args.model),
+        micro_batches=micro_batches(args, given, checkpoint, world.size, say)))
     seed_everything(args.seed + world.rank)
     if args.eval:
         return evaluate_checkpoint(args, given, checkpoint, machine)

@@ -20,7 +20,7 @@ except ImportError as error:  # packages that do not fit together
 
 from .errors import Ending, UserError  # noqa: E402
 from .machine.compiling import can_compile  # noqa: E402
-from .machine.processes import close_processes, environment_rank  # noqa: E402
+from .machine.processes import close_processes, complain, environment_rank  # noqa: E402
 
 
 class Parser(argparse.ArgumentParser):
@@ -162,5 +162,6 @@ def _say_error(text, on_every_process=False):
         time.sleep(3)
         if os.getppid() != LAUNCHER:
             return
-        text = "process {}: {}".format(environment_rank(), text)
+        complain(text)
+        return
     print(text, file=sys.stderr, flush=True)

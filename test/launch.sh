@@ -5,6 +5,10 @@
 #   --model=NAME       EvoLeViT_256_384                         --epochs=N         100 (accuracy) or 1 (performance)
 #   --batch-size=N     128, for each process                    --device_id=N      first card, 0
 #   --input-size=N     384                                      --nproc=N          processes; NPROC=N does the same
+#   --nnodes=N         machines, 1, each with --nproc processes --node_rank=N      this machine among them, from 0 on
+#   --master_addr=A    address of machine 0                     --master_port=P    a free port of machine 0, 29500
+# With several machines the script is started on each of them, with the same arguments but --node_rank; torchrun starts the
+# processes, where PyTorch has it (1.9 on).
 #   -- FLAGS           everything after -- goes to main.py as it is
 # Values follow = or a space. PYTHON=... names the interpreter, python3 if it is not set.
 set -euo pipefail
@@ -17,15 +21,18 @@ fail() {
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 nproc=${NPROC:-$nproc}
+nnodes=${nnodes:-1} node_rank=0 master_addr="" master_port=29500
 network=Evo-LeViT
 model=EvoLeViT_256_384 batch_size=128 input_size=384 device_id=0 data_path="" output_dir=$root/save
+
+arguments="arguments are --data_path, --model, --batch-size, --input-size, --output_dir, --epochs, --device_id, --nproc, --nnodes, --node_rank, --master_addr, --master_port, and -- before flags of main.py"
 
 while [ $# -gt 0 ]; do
     case "$1" in
         --) shift; break ;;
         --*=*) name=${1%%=*} value=${1#*=}; shift ;;
         --*) name=$1; [ $# -ge 2 ] || fail "$1 has no value"; value=$2; shift 2 ;;
-        *) fail "unknown argument $1; arguments are --data_path, --model, --batch-size, --input-size, --output_dir, --epochs, --device_id, --nproc, and -- before flags of main.py" ;;
+        *) fail "unknown argument $1; $arguments" ;;
     esac
     case "$name" in
         --data_path|--data-path) data_path=$value ;;
@@ -36,13 +43,20 @@ while [ $# -gt 0 ]; do
         --epochs) epochs=$value ;;
         --device_id|--device-id) device_id=$value ;;
         --nproc) nproc=$value ;;
-        *) fail "unknown argument $name; arguments are --data_path, --model, --batch-size, --input-size, --output_dir, --epochs, --device_id, --nproc, and -- before flags of main.py" ;;
+        --nnodes) nnodes=$value ;;
+        --node_rank|--node-rank) node_rank=$value ;;
+        --master_addr|--master-addr) master_addr=$value ;;
+        --master_port|--master-port) master_port=$value ;;
+        *) fail "unknown argument $name; $arguments" ;;
     esac
 done
-for name in batch_size input_size epochs nproc device_id; do
+for name in batch_size input_size epochs nproc device_id nnodes node_rank master_port; do
     case "${!name}" in ''|*[!0-9]*) fail "--$name ${!name} is not a whole number" ;; esac
 done
 [ "$nproc" -ge 1 ] || fail "--nproc $nproc starts no process"
+[ "$nnodes" -ge 1 ] || fail "--nnodes $nnodes: there is no machine to start on"
+[ "$node_rank" -lt "$nnodes" ] || fail "--node_rank $node_rank: the $nnodes machines are numbered from 0 to $((nnodes - 1))"
+[ "$nnodes" -eq 1 ] || [ -n "$master_addr" ] || fail "--master_addr is missing: with --nnodes=$nnodes give the address of machine 0, and --node_rank on each machine"
 [ -n "$data_path" ] || fail "--data_path is missing: give the data set's top folder, --data_path=/data/imagenet"
 [ -d "$data_path" ] || fail "--data_path: there is no folder $data_path"
 data_path=$(cd "$data_path" && pwd)
@@ -56,7 +70,7 @@ flags=("$@")
 device=$("$python" -m runtime.machine.devices "$nproc" "$device_id" ${flags[@]+"${flags[@]}"}) || exit $?
 echo "$device"
 
-log_dir=test/output/$device_id
+log_dir=test/output/$device_id$([ "$node_rank" -eq 0 ] || echo "_machine_$node_rank")  # machines may share the folder
 log=$log_dir/train_$device_id.log
 if [ -d "$log_dir" ]; then
     number=1
@@ -70,6 +84,9 @@ echo "Training; follow it with: tail -f $root/$log"
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
     threads=$(($(getconf _NPROCESSORS_ONLN) / nproc))
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+fi
+if [ "$nnodes" -gt 1 ]; then
+    export MASTER_ADDR=$master_addr MASTER_PORT=$master_port
 fi
 export MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 export MASTER_PORT=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
@@ -90,17 +107,25 @@ trap 'echo "Stopping after this update, for at most a minute" >&2; stop_all 60; 
       echo "error: stopped by a signal; the log is $log" >&2; exit 130' INT TERM
 
 start=$SECONDS
-for ((rank = 0; rank < nproc; rank++)); do
-    env $([ "$nproc" -eq 1 ] || echo "RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$nproc LOCAL_WORLD_SIZE=$nproc") \
-        "$python" -u main.py --data_path "$data_path" --model "$model" --batch-size "$batch_size" \
-        --input-size "$input_size" --epochs "$epochs" --output_dir "$output_dir" --device_id "$device_id" \
-        ${extra[@]+"${extra[@]}"} ${flags[@]+"${flags[@]}"} >>"$log" 2>&1 </dev/null &
-    pids+=($!)
-done
+command=(main.py --data_path "$data_path" --model "$model" --batch-size "$batch_size" --input-size "$input_size"
+         --epochs "$epochs" --output_dir "$output_dir" --device_id "$device_id"
+         ${extra[@]+"${extra[@]}"} ${flags[@]+"${flags[@]}"})
+if [ "$nnodes" -gt 1 ] && "$python" -c 'import torch.distributed.run' 2>/dev/null; then
+    "$python" -u -m torch.distributed.run --nnodes "$nnodes" --node_rank "$node_rank" --nproc_per_node "$nproc" \
+        --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "${command[@]}" >>"$log" 2>&1 </dev/null &
+    pids=($!)
+else
+    size=$((nnodes * nproc))
+    for ((rank = 0; rank < nproc; rank++)); do
+        env $([ "$size" -eq 1 ] || echo "RANK=$((node_rank * nproc + rank)) LOCAL_RANK=$rank WORLD_SIZE=$size LOCAL_WORLD_SIZE=$nproc") \
+            "$python" -u "${command[@]}" >>"$log" 2>&1 </dev/null &
+        pids+=($!)
+    done
+fi
 
 # The first process that fails takes the others down.
 code=0
-for ((left = nproc; left > 0; left--)); do
+for ((left = ${#pids[@]}; left > 0; left--)); do
     wait -n || { code=$?; break; }
 done
 if [ "$code" -ne 0 ]; then
@@ -108,5 +133,9 @@ if [ "$code" -ne 0 ]; then
     echo "error: training ended with exit code $code; the last lines of $log:" >&2
     tail -n 15 "$log" >&2
     exit "$code"
+fi
+if [ "$node_rank" -gt 0 ]; then
+    echo "Done; machine 0 prints the figures"
+    exit 0
 fi
 "$python" test/report.py "$output_dir/summary.json" "$log_dir" "$network" "$kind" "$((SECONDS - start))"

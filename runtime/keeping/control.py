@@ -2,19 +2,18 @@
 import math
 import os
 import signal
-import sys
 import time
 from typing import Optional
 
 from ..errors import NonFiniteLoss, TooManyDamagedImages
 from ..machine.agreement import Agreement
+from ..machine.processes import complain
 
 
 def name_replaced(damaged):
     """Names, on standard error, the (path, class, reason) of files in whose places other pictures have come."""
     for path, label, reason in damaged:
-        print("Damaged image, another one takes its place: {} (class {}; {})".format(path, label, reason),
-              file=sys.stderr, flush=True)
+        complain("Damaged image, another one takes its place: {} (class {}; {})".format(path, label, reason))
 
 
 class Signals:

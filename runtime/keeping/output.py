@@ -4,11 +4,19 @@ import os
 import shutil
 import statistics
 import time
-from typing import Callable, List, Optional
+import uuid
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Callable, List, Optional
 
 from ..errors import NonFiniteLoss, SaveFailed, UserError
+from ..machine.agreement import Agreement
+from ..machine.processes import barrier
 from .checkpoint import BEST, NEWEST, OLDER
 from .files import write_json
+from .scalars import Scalars
+
+if TYPE_CHECKING:
+    from .state import TrainingState
 
 FILES = (NEWEST, OLDER, BEST, "log.txt", "args.json", "summary.json", "tensorboard")
 
@@ -55,6 +63,44 @@ class Lock:
             return False
         except OSError:  # no locks here
             return True
+
+
+def _writes(path, world, agreement):
+    """Whether this process writes the run's files: the first one does, and the first of every machine that does not see
+    that one's folder, so that each machine can go on without the others."""
+    if world.size == world.local_size:
+        return world.is_main
+    token = os.path.join(path, ".shared-" + agreement.texts(uuid.uuid4().hex)[0])
+    if world.is_main:
+        try:
+            os.makedirs(path, exist_ok=True)
+            with open(token, "w"):
+                pass
+        except OSError as error:
+            raise UserError("--output_dir: {} cannot be written ({})".format(path, error.strerror or error))
+    agreement.total(0)  # it is there
+    own = world.is_main or world.local_rank == 0 and not os.path.exists(token)
+    agreement.total(0)  # all have looked
+    if world.is_main:
+        os.remove(token)
+    return own
+
+
+@contextmanager
+def opened(state: "TrainingState", fresh: bool, agreement: Agreement, say: Callable):
+    """The run's output folder, prepared for its `state` and kept from other runs while it is entered; yields what
+    writes for TensorBoard, or None. Each machine has a folder of its own where it does not see the first process's.
+    Raises UserError, see Lock and prepare_output_dir."""
+    path, scalars = state.settings["output_dir"], None
+    state.writes = _writes(path, state.learner.machine.world, agreement)
+    with Lock(path if state.writes else None):
+        if state.writes:
+            prepare_output_dir(path, fresh, state.size_on_disk(), say)
+            write_args(path, state.settings)
+            state.write_log()
+            scalars = Scalars(path, state.log) if state.settings["tensorboard"] else None
+        barrier()
+        yield scalars
 
 
 def prepare_output_dir(path: str, fresh: bool, checkpoint_size: int, say: Callable):

@@ -81,6 +81,26 @@ def combine(args: argparse.Namespace, given: Set[str], checkpoint: Optional[Chec
     return argparse.Namespace(**dict(vars(args), **taken))
 
 
+def micro_batches(args: argparse.Namespace, given: Set[str], checkpoint: Optional[Checkpoint], processes: int,
+                  say: Callable) -> int:
+    """Batches of an update for each of the run's `processes`: --accum-steps, or, where other processes go on with a
+    run than it had before, as many as keep its global batch and so the order of its images, if they divide it.
+
+    An --accum-steps that the command line changes counts as it stands.
+    """
+    saved = {} if checkpoint is None or args.eval else checkpoint.settings()
+    before, whole = saved.get("processes"), saved.get("global_batch")
+    if not before or not whole or before == processes or args.batch_size != saved.get("batch_size") \
+            or "accum_steps" in given and args.accum_steps != saved.get("accum_steps"):
+        return args.accum_steps
+    count, rest = divmod(whole, processes * args.batch_size)
+    if rest or not count:
+        return args.accum_steps
+    say("Going on with {} process{} in place of {}: --accum-steps {} keeps the global batch of {}".format(
+        processes, "" if processes == 1 else "es", before, count, whole))
+    return count
+
+
 def _flag(name):
     return "--" + (name if name in ("num_workers", "output_dir", "data_path") else name.replace("_", "-"))
 

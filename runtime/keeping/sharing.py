@@ -1,6 +1,7 @@
 """One checkpoint for all processes of a run, also where each machine has a disk of its own."""
 import hashlib
 import io
+import os
 import tempfile
 from typing import Callable, Optional
 
@@ -28,7 +29,8 @@ def _fingerprint(checkpoint: Optional[Checkpoint]) -> str:
 
 
 def same_for_all(load: Callable[[], Optional[Checkpoint]], agreement: Agreement, say: Callable) -> Optional[Checkpoint]:
-    """What `load()` gives, the same on every process: where they differ, the first process's, which `say` names.
+    """What `load()` gives, the same on every process: where they differ, the first process's, or under torchrun
+    --max-restarts that of the process which is the furthest; `say` names it.
 
     Raises UserError on every process where it does so on one of them.
     """
@@ -48,19 +50,33 @@ def same_for_all(load: Callable[[], Optional[Checkpoint]], agreement: Agreement,
     if all(one == found[0] for one in found):
         return checkpoint
     other = next(rank for rank, one in enumerate(found) if one != found[0])
-    say("Note: the processes found different checkpoints: process 0 {}, process {} {}; all go on from process 0's".
-        format(found[0], other, found[other]))
-    return _from_first(checkpoint, agreement) if found[0] != "no checkpoint" else None
+    source = 0
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0):
+        # the job starts again by itself, with the machines that are left: what one of them knows is not lost
+        places = agreement.gather(_progress(checkpoint))
+        source = places.index(max(places))
+    say("Note: the processes found different checkpoints: process 0 {}, process {} {}; all go on from process {}'s".
+        format(found[0], other, found[other], source))
+    return _from_process(source, checkpoint, agreement) if found[source] != "no checkpoint" else None
 
 
-def _from_first(checkpoint, agreement):
+def _progress(checkpoint):
+    """How far a checkpoint is, as a number: its finished epochs and, behind the point, what of the next one is done."""
+    if checkpoint is None:
+        return -1.0
+    epoch, progress = checkpoint.content.get("epoch"), checkpoint.content.get("progress") or {}
+    images = float(progress.get("images", 0))
+    return (epoch if isinstance(epoch, int) else -1) + images / (images + 1e9)
+
+
+def _from_process(source, checkpoint, agreement):
     content = None
-    if agreement.rank == 0:
+    if agreement.rank == source:
         file = io.BytesIO()
         torch.save((checkpoint.content, checkpoint.path, checkpoint.flag), file, _use_new_zipfile_serialization=True)
         content = file.getvalue()
-    content = agreement.from_first(content)
-    if agreement.rank == 0:
+    content = agreement.from_process(source, content)
+    if agreement.rank == source:
         return checkpoint
     with tempfile.NamedTemporaryFile() as f:
         f.write(content)

@@ -39,6 +39,7 @@ class TrainingState:
         self.mode = None
         self.max_accuracy = -1.0  # so that the first epoch is the best so far, whatever it reaches
         self.log = []
+        self.writes = learner.machine.world.is_main  # whether this process writes the run's files (output.opened)
 
     # ------------------------------------------------------------------------------------------------- saving
 
@@ -72,7 +73,8 @@ class TrainingState:
         """Saves where `done` of the present epoch is done; loss_sums: each process's, in the order of their ranks."""
         self.progress = {"images": done.updates * self.settings["global_batch"], "loss_sums": loss_sums,
                          "counted": done.counted}
-        if self.learner.machine.world.is_main:
+        self.learner.share_statistics()
+        if self.writes:
             self.save()
 
     def write_log(self):

@@ -62,13 +62,13 @@ class Agreement:
         return [bytes(values[:length].tolist()).decode("utf-8", "surrogateescape")
                       for values, length in zip(lists, lengths)]
 
-    def from_first(self, content: Optional[bytes]) -> bytes:
-        """The first process's `content`; the others give None."""
+    def from_process(self, source: int, content: Optional[bytes]) -> bytes:
+        """The `content` of process `source`; the others give None."""
         if self._group is None:
             return content
-        size = int(self.gather(0.0 if content is None else float(len(content)))[0])
+        size = int(self.gather(0.0 if content is None else float(len(content)))[source])
         data = torch.zeros(size, dtype=torch.uint8)
-        if self.rank == 0:
+        if self.rank == source:
             data = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
-        dist.broadcast(data, 0, group=self._group)
+        dist.broadcast(data, source, group=self._group)
         return data.numpy().tobytes()

@@ -4,6 +4,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+import time
 
 import torch
 
@@ -146,6 +147,33 @@ def start_reading(value):
         event.synchronize()
         return host.item()
     return wait
+
+
+class Stopwatch:
+    """Adds up the time that the device needs between `start()` and `stop()`, as often as they are called; the host does
+    not wait. `seconds()` is for when that work is known to be over."""
+
+    def __init__(self, device: torch.device):
+        self._event = None if device.type == "cpu" else getattr(getattr(torch, device.type), "Event", None)
+        self._marks = []
+
+    def _mark(self):
+        if self._event is None:
+            return time.perf_counter()
+        event = self._event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self):
+        self._marks.append([self._mark()])
+
+    def stop(self):
+        self._marks[-1].append(self._mark())
+
+    def seconds(self) -> float:
+        if self._event is None:
+            return sum(end - start for start, end in self._marks)
+        return sum(start.elapsed_time(end) for start, end in self._marks) / 1000  # from milliseconds
 
 
 def main(processes, first, flags):

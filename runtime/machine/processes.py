@@ -1,7 +1,9 @@
 """The processes of one run, started by torchrun, torch.distributed.launch, srun, mpirun or Huawei's launchers, or a
 single one without a launcher."""
 import os
+import platform
 import re
+import sys
 from datetime import timedelta
 from typing import List, NamedTuple, Optional
 
@@ -64,6 +66,24 @@ def _launcher():
                 "start all of them with {}".format(*((launcher.rank, launcher.size[0]) if rank else (launcher.size[0],
                  launcher.rank)), TORCHRUN))
     return None
+
+
+def speaker() -> str:
+    """Who of a run's processes this is, in front of what it reports; nothing where there is one alone. The machine is
+    named where there are several."""
+    try:
+        world = read_world()
+    except UserError:
+        return ""
+    if world.size == 1:
+        return ""
+    machine = " on {}".format(platform.node()) if world.local_size < world.size else ""
+    return "process {}{}: ".format(world.rank, machine)
+
+
+def complain(text: str):
+    """Prints `text` on standard error, after the speaker's name where a run has several processes."""
+    print(speaker() + text, file=sys.stderr, flush=True)
 
 
 def environment_rank() -> int:

@@ -1,0 +1,88 @@
+"""Machines of a cluster on one computer: network namespaces with addresses of their own, joined by a bridge. It needs
+Linux, root and the ip command."""
+import os
+import shutil
+import signal
+import subprocess
+
+CAN = os.path.isdir("/proc/self/ns") and hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("ip") is not None
+
+
+def _ip(*words):
+    subprocess.run(["ip"] + [str(word) for word in words], check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+class Hosts:
+    """`count` machines, 10.99.0.1 and so on, while it is entered. What runs on them is ended with them."""
+
+    def __init__(self, count):
+        self.tag = "evo{}".format(os.getpid() % 100000)
+        self.count = count
+        self.processes = [[] for _ in range(count)]
+
+    def address(self, host):
+        return "10.99.0.{}".format(host + 1)
+
+    def __enter__(self):
+        try:
+            _ip("link", "add", self.tag + "br", "type", "bridge")
+            _ip("link", "set", self.tag + "br", "up")
+            for host in range(self.count):
+                name, link = self._names(host)
+                _ip("netns", "add", name)
+                _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+                _ip("link", "set", link, "master", self.tag + "br")
+                _ip("-n", name, "addr", "add", self.address(host) + "/24", "dev", "eth0")
+                for device in ("lo", "eth0"):
+                    _ip("-n", name, "link", "set", device, "up")
+                self.join(host)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        for host in range(self.count):
+            self.kill(host)
+            name, link = self._names(host)
+            subprocess.run(["ip", "link", "del", link], stderr=subprocess.PIPE)
+            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.PIPE)
+        subprocess.run(["ip", "link", "del", self.tag + "br"], stderr=subprocess.PIPE)
+
+    def _names(self, host):
+        return "{}h{}".format(self.tag, host), "{}v{}".format(self.tag, host)
+
+    def slow_down(self, host, delay="5ms", loss="0.5%"):
+        """Delays and loses packets that the machine sends; False where this kernel has no netem."""
+        return subprocess.run(["ip", "netns", "exec", self._names(host)[0], "tc", "qdisc", "add", "dev", "eth0", "root",
+                               "netem", "delay", delay, "loss", loss], stderr=subprocess.PIPE).returncode == 0
+
+    def cut(self, host):
+        """Unplugs the machine."""
+        _ip("link", "set", self._names(host)[1], "down")
+
+    def join(self, host):
+        """Plugs it in again."""
+        _ip("link", "set", self._names(host)[1], "up")
+
+    def start(self, host, command, cwd, log, env=()):
+        """Starts a command on the machine, its output in the file `log`; returns the Popen."""
+        with open(str(log), "w") as f:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", self._names(host)[0]] + [str(word) for word in command], cwd=str(cwd), stdout=f,
+                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+                env=dict(os.environ, GLOO_SOCKET_IFNAME="eth0", **dict(env)))
+        self.processes[host].append(process)
+        return process
+
+    def kill(self, host):
+        """The machine loses its power."""
+        found = subprocess.run(["ip", "netns", "pids", self._names(host)[0]], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, universal_newlines=True).stdout.split()
+        for number in found:
+            try:
+                os.kill(int(number), signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        for process in self.processes[host]:
+            process.wait()

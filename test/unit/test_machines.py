@@ -1,0 +1,127 @@
+"""A run on several machines, which are network namespaces here: whole, with one that dies, is cut off, comes back."""
+import json
+import os
+import sys
+import time
+
+import commands
+import pytest
+import torch
+from hosts import CAN, Hosts
+
+pytestmark = [pytest.mark.slow, pytest.mark.once,
+              pytest.mark.skipif(not CAN, reason="network namespaces need Linux, root and the ip command"),
+              pytest.mark.skipif(not hasattr(torch.distributed, "run") and torch.__version__ < "1.9",
+                                 reason="this PyTorch has no torchrun")]
+RECIPE = commands.SMALL + ["--model", "EvoLeViT_128S", "--distillation-type", "none", "--batch-size", 8, "--epochs", 4,
+                           "--stage-wise-epoch", 2, "--save-every-steps", 2, "--resume", "auto", "--dist-timeout", 0.5]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return commands.write_digits(tmp_path_factory.mktemp("digits"), classes=4, train=16, val=4)
+
+
+def torchrun(hosts, host, nnodes, data, out, *more):
+    """The command by which the machine `host` takes part in an elastic job; each has a folder of its own, or `out`."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nnodes", nnodes, "--nproc_per_node", 1, "--rdzv_backend",
+            "c10d", "--rdzv_endpoint", hosts.address(0) + ":29400", "--rdzv_id", "job", "--rdzv_conf",
+            "is_host={},join_timeout=90,last_call_timeout=5,timeout=90".format(int(host == 0)), "--local_addr",
+            hosts.address(host), "--max_restarts", 3, commands.MAIN] + RECIPE + [
+                "--data-path", data, "--output_dir", out] + list(more)
+
+
+def wait(processes, seconds=400):
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.wait(timeout=max(end - time.monotonic(), 1))
+    return [process.returncode for process in processes]
+
+
+def wait_for(log, text, process, seconds=300):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if text in log.read_text():
+            return
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError("{!r} did not come\n{}".format(text, log.read_text()))
+
+
+def weights(out):
+    return torch.load(os.path.join(str(out), "checkpoint.pth"), map_location="cpu", weights_only=False)["model"]
+
+
+def same(one, other, tolerance=0.0):
+    differences = [(one[name].double() - other[name].double()).abs().max().item() for name in one]
+    assert list(one) == list(other) and max(differences) <= tolerance, max(differences)
+    return max(differences)
+
+
+def epochs(out):
+    with open(os.path.join(str(out), "log.txt")) as f:
+        return [json.loads(line) for line in f]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    """Two machines with folders of their own, from start to end."""
+    folder = tmp_path_factory.mktemp("whole")
+    with Hosts(2) as hosts:
+        print("netem:", [hosts.slow_down(host) for host in range(2)])
+        runs = [hosts.start(host, torchrun(hosts, host, "2", data, folder / str(host)), commands.ROOT,
+                            folder / "{}.log".format(host)) for host in range(2)]
+        assert wait(runs) == [0, 0], "".join((folder / "{}.log".format(host)).read_text() for host in range(2))
+    return folder
+
+
+def test_two_machines_train_as_one_does(uninterrupted, data, tmp_path):
+    """And each keeps what is needed to go on, since neither sees the other's folder."""
+    commands.succeed(*RECIPE[len(commands.SMALL):], "--data-path", data, "--output_dir", tmp_path / "one",
+                     launch=[sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port",
+                             29433])
+    same(weights(uninterrupted / "0"), weights(tmp_path / "one"))
+    for name in ("checkpoint.pth", "log.txt", "args.json", "summary.json", "best_checkpoint.pth"):
+        assert (uninterrupted / "1" / name).exists()
+    same(weights(uninterrupted / "0"), weights(uninterrupted / "1"))
+
+
+def test_a_machine_that_dies_is_made_up_for_by_accumulation_and_one_that_comes_back_takes_its_share(
+        uninterrupted, data, tmp_path):
+    with Hosts(2) as hosts:
+        logs = [tmp_path / "{}.log".format(host) for host in range(3)]
+        first, second = (hosts.start(host, torchrun(hosts, host, "1:2", data, tmp_path / str(host)), commands.ROOT,
+                                     logs[host]) for host in range(2))
+        wait_for(logs[0], "Epoch 0 ", first)
+        hosts.kill(1)
+        wait_for(logs[0], "Going on with 1 process in place of 2: --accum-steps 2 keeps the global batch of 16", first)
+        alone = logs[0].read_text().count("Epoch ")
+        wait_for(logs[0], "Epoch {} ".format(2), first)
+        hosts.start(1, torchrun(hosts, 1, "1:2", data, tmp_path / "1"), commands.ROOT, logs[2])
+        assert wait([first]) == [0], logs[0].read_text()
+        text = logs[0].read_text()
+        assert alone >= 1 and "Resuming " in text
+    log = epochs(tmp_path / "0")
+    assert [entry["epoch"] for entry in log] == [0, 1, 2, 3]
+    whole = epochs(uninterrupted / "0")
+    for one, other in zip(log, whole):  # the same images in the same updates: equal but for rounding, batch norm apart
+        assert one["updates"] == other["updates"] and one["train_lr"] == other["train_lr"]
+        assert abs(one["train_loss"] - other["train_loss"]) < 0.05
+    assert log[0]["train_loss"] == whole[0]["train_loss"]
+
+
+def test_a_machine_that_is_cut_off_ends_the_job_within_the_timeout(data, tmp_path):
+    with Hosts(2) as hosts:
+        logs = [tmp_path / "{}.log".format(host) for host in range(2)]
+        command = [[sys.executable, commands.MAIN] + RECIPE + ["--epochs", 500, "--data-path", data, "--output_dir",
+                                                               tmp_path / str(host)] for host in range(2)]
+        runs = [hosts.start(host, command[host], commands.ROOT, logs[host], env=dict(
+            RANK=str(host), LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR=hosts.address(0),
+            MASTER_PORT="29400").items()) for host in range(2)]
+        wait_for(logs[0], "Epoch 0 ", runs[0])
+        hosts.cut(1)
+        start = time.monotonic()
+        codes = wait(runs, 150)
+        print("ended after {:.0f} s".format(time.monotonic() - start), codes)
+        assert all(codes) and time.monotonic() - start < 90  # half a minute, and time to end
+        print([log.read_text()[-600:] for log in logs])
