@@ -328,7 +328,7 @@ def evaluate_checkpoint(args, given, checkpoint, machine):
         stats = evaluate(model, loader, machine, shared)
     machine.say("Evaluated {} ({}, {}) on {} images of {}".format(
         checkpoint.path, "averaged weights" if args.eval_ema else "weights", mode, stats["images"], args.data_set))
-    machine.say("Acc@1 {acc1:.3f}  Acc@5 {acc5:.3f}  loss {loss:.4f}  images/s {images_per_s:.1f}".format(**stats))
+    machine.say("Acc@1 {acc1:.3f}  Acc@5 {acc5:.3f}  loss {loss:.6f}  images/s {images_per_s:.1f}".format(**stats))
     if stats["damaged"]:
         machine.say("{} damaged images, named above, count as wrong".format(stats["damaged"]))
     if stats["nonfinite"]:

@@ -27,8 +27,8 @@ def main(args):
     model = build_model(args.model, 1000, default_input_size(args.model), distillation=True)
     parameters = sum(p.numel() for p in model.parameters())
     print("{}, {:,} parameters, {} images a card, {:g} images/s on one card; {:g} GB/s a card between machines, {:g} "
-          "ms for a message there and back; one wait of the host for the loss and one sum of three counts an update, at "
-          "any number of cards".format(args.model, parameters, args.batch_size, args.images_per_s, args.link,
+          "ms for a message there and back; one wait of the host for the loss and one sum of three counts an update, "
+          "at any number of cards".format(args.model, parameters, args.batch_size, args.images_per_s, args.link,
                                    args.round_trip_ms))
     print("cards  read MB/s a machine  sent MB a card  all-reduce s  counts s  images/s a card  of one card")
     for cards in CARDS:

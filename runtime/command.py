@@ -20,7 +20,7 @@ except ImportError as error:  # packages that do not fit together
 
 from .errors import Ending, UserError  # noqa: E402
 from .machine.compiling import can_compile  # noqa: E402
-from .machine.processes import close_processes, complain, environment_rank  # noqa: E402
+from .machine.processes import close_processes, complain, environment_rank, lost  # noqa: E402
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,6 +123,10 @@ def need_compiler(what: str):
         raise UserError("{} needs PyTorch 2.1 or newer".format(what))
 
 
+LOST = "another process of the run does not answer; it has ended, is cut off, or was late by --dist-timeout; its own " \
+    "messages say why"
+
+
 def run(command, args, failing=""):
     """command(args); returns what it returns. An Ending becomes one sentence, after `failing` where the run failed, and
     its exit code."""
@@ -139,6 +143,11 @@ def run(command, args, failing=""):
         elif _is_first():
             print(sentence, flush=True)
         sys.exit(ending.exit_code)
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        _say_error("error: {}{} ({})".format(failing, LOST, str(error).strip().split("\n")[0][:200]))
+        sys.exit(1)
     except BrokenPipeError:  # nobody reads any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

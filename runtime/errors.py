@@ -3,7 +3,7 @@
 | exit code | meaning |
 |---|---|
 | 0 | done, or stopped as asked with the state saved |
-| 1 | the run failed: a loss that is not finite, too many damaged pictures, a file that cannot be written |
+| 1 | the run failed: a loss that is not finite, damaged pictures, a file that cannot be written, a lost process |
 | 2 | a mistake in what the user gave |
 | 130 | interrupted from the keyboard |
 """

@@ -88,7 +88,7 @@ def micro_batches(args: argparse.Namespace, given: Set[str], checkpoint: Optiona
 
     An --accum-steps that the command line changes counts as it stands.
     """
-    saved = {} if checkpoint is None or args.eval else checkpoint.settings()
+    saved = {} if checkpoint is None or args.eval else checkpoint.recipe()
     before, whole = saved.get("processes"), saved.get("global_batch")
     if not before or not whole or before == processes or args.batch_size != saved.get("batch_size") \
             or "accum_steps" in given and args.accum_steps != saved.get("accum_steps"):

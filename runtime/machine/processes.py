@@ -178,6 +178,17 @@ def agree_on_timeouts(timeout: timedelta):
     os.environ.setdefault("HCCL_CONNECT_TIMEOUT", str(min(max(seconds, 120), 7200)))
 
 
+# what gloo, NCCL and HCCL say, by version, when another process has died, is cut off, or is late
+_LOST = re.compile(r"gloo|nccl|hccl|c10d|connection (closed|reset|refused)|timed? ?out|broken pipe|recvValue|socket",
+                   re.IGNORECASE)
+
+
+def lost(error: RuntimeError) -> bool:
+    """Whether an error is PyTorch's for another process that does not answer."""
+    kinds = tuple(getattr(dist, name) for name in ("DistError",) if hasattr(dist, name))
+    return is_distributed() and (isinstance(error, kinds) or _LOST.search(str(error)) is not None)
+
+
 def close_processes():
     """Leaves the process group, if there is one."""
     if is_distributed():
