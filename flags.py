@@ -32,6 +32,8 @@ def get_args_parser():
     add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET is any folder in ImageNet's layout")
     add("--inat-category", default="name", choices=INAT_CATEGORIES,
         help="taxonomic level that is the class, of INAT and INAT19")
+    add("--index-cache", type=path, default="", metavar="DIR", help="where the list of the pictures is kept from run "
+        "to run, so that train/ and val/ are searched once (default: the output folder)")
     add("--input-size", type=positive, metavar="PIXELS", help="side of the images (default: the model's own)")
     add("--num_workers", "--num-workers", type=count, metavar="N", help="data-loading processes of each process; 0 "
         "loads in the process itself (default: 10, or its share of the cores where that is less)")

@@ -1,6 +1,7 @@
 """The processes of one run, started by torchrun, torch.distributed.launch, srun, mpirun or Huawei's launchers, or a
 single one without a launcher."""
 import os
+import platform
 import re
 from datetime import timedelta
 from typing import List, NamedTuple, Optional
@@ -155,6 +156,15 @@ def close_processes():
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def machine_name() -> str:
+    """What tells this machine from the others of a run, until it is started anew."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as f:
+            return "{} {}".format(platform.node(), f.read().strip())
+    except OSError:
+        return platform.node()
 
 
 def barrier():

@@ -4,6 +4,7 @@ import os
 import random
 import warnings
 from contextlib import contextmanager
+from typing import NamedTuple, Union
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -28,7 +29,15 @@ def is_picture_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS) and not os.path.basename(name).startswith(".")
 
 
-def load_picture(path: str) -> Image.Image:
+class Member(NamedTuple):
+    """A file inside an archive, where a loader takes a path."""
+    archive: str
+    offset: int  # bytes
+    size: int  # bytes
+    path: str  # what messages call it
+
+
+def load_picture(path: Union[str, Member]) -> Image.Image:
     """The file's picture as RGB; of an animation the first. EXIF rotation is left alone, as in the published recipe.
 
     Any mode is converted; greys of more than 8 bits by their range (see _to_bytes). Raises DamagedImage, also for a
@@ -47,12 +56,20 @@ def _damage_named(path):
             yield
     except Exception as error:  # a damaged file can raise anything in a decoder
         reason = str(error).split("\n")[0].split(" <")[0]  # without Pillow's name for the open file
-        raise DamagedImage(path, "{}: {}".format(type(error).__name__, reason[:120]))
+        raise DamagedImage(getattr(path, "path", path), "{}: {}".format(type(error).__name__, reason[:120]))
+
+
+def read_bytes(path: Union[str, Member]) -> bytes:
+    """The whole file. Raises OSError."""
+    if isinstance(path, Member):
+        with open(path.archive, "rb", buffering=0) as f:
+            return os.pread(f.fileno(), path.size, path.offset)
+    with open(path, "rb") as f:
+        return f.read()
 
 
 def _open(path):
-    with open(path, "rb") as f:
-        return Image.open(io.BytesIO(f.read()))
+    return Image.open(io.BytesIO(read_bytes(path)))
 
 
 def _decode(picture):
