@@ -20,6 +20,7 @@ from runtime.machine.randomness import drawing_from
 from runtime.machine.versions import interpolation
 from runtime.pictures.archives import archive_names, member, read_archives
 from runtime.pictures.batches import ToBytes
+from runtime.pictures.fast import FastCrop, load_pixels
 from runtime.pictures.folders import class_names, walk
 from runtime.pictures.found import Names, Places
 from runtime.pictures.gallery import Picture, name_unreadable
@@ -200,9 +201,10 @@ DATA_SETS = tuple(TABLE)
 
 
 def build_dataset(is_train: bool, name: str, root: Optional[str], transform, inat_category: str = "name",
-                  jpeg_draft: bool = False, index: Optional[Index] = None) -> Dataset:
-    """The training or validation part of the data set `name`. `jpeg_draft`: as `transform` was built. index: the Index
-    of the run, None for a new one of this process alone.
+                  jpeg_draft: bool = False, index: Optional[Index] = None,
+                  image_backend: str = "pillow") -> Dataset:
+    """The training or validation part of the data set `name`. `jpeg_draft`, `image_backend`: as `transform` was built.
+    index: the Index of the run, None for a new one of this process alone.
 
     IMNET reads any ImageFolder layout; DIGITS needs no `root`. Raises UserError where `root` is not what it should be.
     """
@@ -212,7 +214,8 @@ def build_dataset(is_train: bool, name: str, root: Optional[str], transform, ina
             raise UserError("--data-path is missing: say where the data set {} lies".format(name))
         if not os.path.isdir(root):
             raise UserError("--data-path: there is no folder {}".format(root))
-    dataset = row.open(root, is_train, transform, leave_path if jpeg_draft else LastPicture(), inat_category,
+    loader = leave_path if jpeg_draft else LastPicture(load_pixels if image_backend == "fast" else None)
+    dataset = row.open(root, is_train, transform, loader, inat_category,
                        Index() if index is None else index)
     if not len(dataset):
         raise UserError("--data-path: {} has no picture {}".format(root, "to train on" if is_train else "to validate"))
@@ -245,6 +248,7 @@ class Augmentation(NamedTuple):
     remode: str = "pixel"
     recount: int = 1
     jpeg_draft: bool = False  # the input is a path, see runtime.pictures.reading.DraftCrop
+    image_backend: str = "pillow"  # fast: the input is bytes, see runtime.pictures.fast
 
 
 def build_transform(is_train: bool, name: str, input_size: int, augmentation: Augmentation = Augmentation()):
@@ -267,6 +271,8 @@ def build_transform(is_train: bool, name: str, input_size: int, augmentation: Au
             transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
         elif a.jpeg_draft:
             transform.transforms[0] = DraftCrop(transform.transforms[0])
+        elif a.image_backend == "fast":
+            transform.transforms[0] = FastCrop(transform.transforms[0])
         return transform
     if not row.cropped:
         resize = [transforms.Resize((input_size, input_size), bicubic)]

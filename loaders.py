@@ -8,6 +8,7 @@ import torch
 
 from runtime.machine import processes, versions
 from runtime.pictures.batches import EvaluationView, TrainingView, collate
+from runtime.pictures.fast import HAS_DECODER
 from runtime.pictures.folders import describe_left_out
 from runtime.pictures.index import Index
 from samplers import ShardSampler, build_train_sampler
@@ -36,13 +37,17 @@ def build_train_loader(args, machine, index=None):
     augmentation = Augmentation(*(getattr(args, name) for name in Augmentation._fields))
     transform = build_transform(True, args.data_set, args.input_size, augmentation)
     dataset = build_dataset(True, args.data_set, args.data_path, transform, args.inat_category, args.jpeg_draft,
-                            index)
+                            index, args.image_backend)
+    fast = args.image_backend == "fast"
+    if fast and not HAS_DECODER:
+        machine.say("Note: --image-backend fast decodes JPEGs faster, to the same pixels, where simplejpeg is "
+                    "installed; pip install simplejpeg")
     if getattr(dataset, "left_out", None):
         machine.say("Note: {} holds files that are no pictures by their names: {}".format(
             dataset.root, describe_left_out(dataset.left_out)))
     sampler = build_train_sampler(dataset, args.batch_size, machine.world.rank, machine.world.size, args.accum_steps,
                                   args.repeated_aug, args.seed)
-    return build_loader(TrainingView(dataset), args, machine, batch_sampler=sampler)
+    return build_loader(TrainingView(dataset, keep_generators=not fast), args, machine, batch_sampler=sampler)
 
 
 def build_val_loader(args, machine, index=None, places_of=lambda classes: None):

@@ -48,6 +48,7 @@ RUN = {
     "tensorboard",
     "world_size",
      "write_teacher_labels"}
+IMPLIED = {"image_backend": "pillow"}  # what is meant by files that are older than these flags
 FIXED = ("model", "opt")  # what a checkpoint's weights and moments belong to
 
 
@@ -57,6 +58,8 @@ def combine(args: argparse.Namespace, given: Set[str], checkpoint: Optional[Chec
     what `checkpoint` says, for evaluation or training. `family`: defaults of the model's family. What is another than
     the flags' defaults is told in a sentence. Raises UserError for what cannot change."""
     saved = {} if checkpoint is None else checkpoint.settings() if args.eval else checkpoint.recipe()
+    if saved and not args.eval:
+        saved = dict(IMPLIED, **saved)
     own = {name: value for name, value in family.items() if name not in given and name not in saved}
     if own and not args.eval:
         say("Published recipe of {}: {}".format(args.model, ", ".join("{} {}".format(_flag(n), v) for n,

@@ -44,12 +44,13 @@ def load_picture(path: Union[str, Member]) -> Image.Image:
     picture of more pixels than Pillow's limit against decompression bombs allows (2 * PIL.Image.MAX_IMAGE_PIXELS, 179
     million).
     """
-    with _damage_named(path):
+    with damage_named(path):
         return _decode(_open(path))
 
 
 @contextmanager
-def _damage_named(path):
+def damage_named(path):
+    """Whatever goes wrong inside is a DamagedImage of `path`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large pictures, broken EXIF, palettes with transparency: all are read
@@ -70,6 +71,11 @@ def read_bytes(path: Union[str, Member]) -> bytes:
 
 def _open(path):
     return Image.open(io.BytesIO(read_bytes(path)))
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """The picture in the bytes of a file, as load_picture reads it; call it where damage is named."""
+    return _decode(Image.open(io.BytesIO(data)))
 
 
 def _decode(picture):
@@ -97,15 +103,16 @@ def _to_bytes(grey):
 
 
 class LastPicture:
-    """load_picture that keeps the last picture: with repeated augmentation one process asks for it three times in a
-    row."""
+    """load_picture, or another `load`, that keeps the last picture: with repeated augmentation one process asks for it
+    three times in a row."""
 
-    def __init__(self):
+    def __init__(self, load=None):
+        self._load = load
         self._path = self._picture = None
 
     def __call__(self, path):
         if self._path != path:
-            self._picture = load_picture(path)
+            self._picture = load_picture(path) if self._load is None else self._load(path)
             self._path = path
         return self._picture
 
@@ -123,7 +130,7 @@ class DraftCrop:
 
     def __call__(self, path):
         crop, (height, width) = self.crop, self.crop.size
-        with _damage_named(path):
+        with damage_named(path):
             picture = _open(path)
             full = picture.size
             top, left, h, w = crop.get_params(picture, crop.scale, crop.ratio)
