@@ -92,9 +92,6 @@ class _Pictures:
                 inside.append(_Part(_stem(info.name), number, info.offset_data))
             else:
                 others += 1
-                if info.name.endswith(".cls"):
-                    raise UserError("--data-path: {} is a shard with labels and {} is none; leave one of the two kinds"
-                                    .format(name, self.archives[0]))
                 if not inside:
                     break  # pictures, which are looked at later
         if inside and others:
@@ -106,6 +103,9 @@ class _Pictures:
             archive = self.archives[part.number]
             found = []
             for info in members(os.path.join(self.root, archive), part.offset):
+                if info.name.endswith(".cls"):
+                    raise UserError("--data-path: {} is a shard with labels and {} is none; leave one of the two kinds"
+                                    .format(os.path.join(self.root, archive), self.archives[0]))
                 if _is_picture(info):
                     found.append((os.path.split(os.path.normpath(info.name)), info))
                 elif not os.path.basename(info.name).startswith("."):

@@ -100,10 +100,13 @@ class Index:
                 change, path, root))
         return found if change is None else None
 
-    def keep(self):
-        """Writes what was found anew, whole or not at all, for the next run. Where that cannot be, a line says so."""
+    def keep(self, finished: bool = False):
+        """Writes what was found anew, whole or not at all, for the next run. Where that cannot be, a line says so.
+
+        finished: nobody changed anything while it was searched, though it was written just before."""
         new, self._new = self._new, []
         for name, found, began in new:
+            began += SETTLED + 1 if finished else 0
             path = os.path.join(self.folder, name)
             try:
                 if self.made:
