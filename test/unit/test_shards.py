@@ -11,7 +11,6 @@ import commands
 import kill_and_resume
 import numpy as np
 import pytest
-import torch
 
 from datasets import build_dataset
 from runtime.errors import DamagedImage, RunFailed, UserError
