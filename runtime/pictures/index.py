@@ -27,7 +27,7 @@ _PLACES = ("numbers", "offsets", "sizes")
 
 class Index:
     """What `walk`s find, each done once in a process, and once on a machine: by the first of the processes in
-    `together`, which all ask the same in the same order; the others are sent what it found.
+    `together`, which all ask the same in the same order; the others are sent what it found. None: by this process alone.
 
     folder: where the files of earlier runs lie, and new ones go with `keep`; None for none. made: whether to make that
     folder. say: prints a line, on one process.
@@ -36,7 +36,7 @@ class Index:
     def __init__(self, folder: Optional[str] = None, together: Optional[Agreement] = None, say: Callable = print_it,
                  made: bool = False):
         self.folder = folder
-        self.together = Agreement() if together is None else together
+        self.together = together
         self.say = say
         self.made = made
         self._found = {}  # root: Found
@@ -52,7 +52,7 @@ class Index:
         return self._found[root]
 
     def _shared(self, root, look):
-        if self.together.alone:
+        if self.together is None or self.together.alone:
             return look()
         content = found = refusal = None
         if self.together.rank == 0:
