@@ -129,7 +129,7 @@ def need_same_everywhere(settings: dict, data, agreement: Agreement):
     set."""
     own = {_flag(name): value for name, value in settings.items() if name not in _OWN}
     own.update({"the number of training images": len(data), "the names of the classes": list(data.classes),
-                "the labels of the images": zlib.crc32(np.asarray(data.labels, dtype=np.int64).tobytes())})
+                "the labels of the images": zlib.crc32(np.asarray(data.labels, dtype=np.int64))})
     texts = agreement.texts(json.dumps(own, default=str))
     for rank, text in enumerate(texts):
         if text != texts[0]:

@@ -27,8 +27,9 @@ _PLACES = ("numbers", "offsets", "sizes")
 
 class Index:
     """What `walk`s find, each done once in a process, and once on a machine: by the first of the processes in
-    `together`, which all ask the same in the same order; the others are sent what it found. None: by this process alone.
+    `together`, which all ask the same in the same order; the others are sent what it found.
 
+    together: None for this process alone.
     folder: where the files of earlier runs lie, and new ones go with `keep`; None for none. made: whether to make that
     folder. say: prints a line, on one process.
     """
