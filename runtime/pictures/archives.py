@@ -176,11 +176,9 @@ def members(path: str, offset: int = 0) -> Iterator[tarfile.TarInfo]:
         with open(path, "rb") as file:
             file.seek(offset)
             with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape", encoding="utf-8") as archive:
-                while True:
-                    info = archive.next()
+                # Python 3.7's tarfile cannot be asked for the next file of an empty archive
+                for info in iter(archive.next, None) if archive.firstmember is not None else ():
                     archive.members = []  # else it keeps all of them
-                    if info is None:
-                        break
                     if info.isreg() and not info.issparse():
                         yield info
                     elif not info.isdir() and is_picture_name(info.name):
