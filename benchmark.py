@@ -17,8 +17,9 @@ A contender is a model of timm's registry and, behind commas, how it runs:
   teacher=NAME   distils from this model (train; regnety_160 if not given), or from none
   teacher-size=N shows the teacher images of N pixels
   stored         has the teacher's labels already, as with main.py --teacher-labels
-A loader is plain (torchvision's and timm's) or recipe (main.py's), and behind commas draft (--jpeg-draft), normalized
-(with the work that main.py leaves to the device), once (without repeated augmentation).
+A loader is plain (torchvision's and timm's) or recipe (main.py's), and behind commas draft (--jpeg-draft), fast
+(--image-backend fast), normalized (with the work that main.py leaves to the device), once (without repeated
+augmentation).
 
 python benchmark.py inference --keep-ratio 1 0.9 0.7 0.5 0.3 --compare EvoLeViT_256,fuse --resume FILE --plot FILE.html
 races a contender with each share of its tokens and evaluates a checkpoint of it with each: speed against accuracy.

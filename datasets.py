@@ -3,7 +3,7 @@ import json
 import os
 import re
 from collections import Counter
-from typing import Callable, List, NamedTuple, Optional
+from typing import Callable, List, NamedTuple, Optional, Sequence
 
 import evo_vit  # noqa: F401  (before timm and torchvision)
 
@@ -18,9 +18,13 @@ from torchvision import datasets, transforms
 from runtime.errors import DamagedImage, UserError
 from runtime.machine.randomness import drawing_from
 from runtime.machine.versions import interpolation
+from runtime.pictures.archives import archive_names, member, read_archives
 from runtime.pictures.batches import ToBytes
-from runtime.pictures.folders import Names, class_names, need_pictures, walk
+from runtime.pictures.fast import FastCrop, load_pixels
+from runtime.pictures.folders import class_names, walk
+from runtime.pictures.found import Names, Places
 from runtime.pictures.gallery import Picture, name_unreadable
+from runtime.pictures.index import Index
 from runtime.pictures.reading import DraftCrop, LastPicture, leave_path, load_picture
 
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
@@ -31,10 +35,10 @@ INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "fami
 # too.
 
 class PictureFiles(Dataset):
-    """Picture files with labels: `names` lie in the folder `root`."""
+    """Picture files with labels: `names` lie in the folder `root`, and with `places` in the archives there."""
 
-    def __init__(self, root: str, names: Names, labels: np.ndarray, classes: List[str], transform=None,
-                 loader: Callable = load_picture, left_out: Counter = Counter()):
+    def __init__(self, root: str, names: Sequence[str], labels: np.ndarray, classes: List[str], transform=None,
+                 loader: Callable = load_picture, left_out: Counter = Counter(), places: Optional[Places] = None):
         self.root = root
         self.names = names
         self.labels = labels
@@ -42,6 +46,7 @@ class PictureFiles(Dataset):
         self.transform = transform
         self.loader = loader
         self.left_out = left_out  # how many files of which suffix are no pictures
+        self.places = places
 
     def __len__(self):
         return len(self.names)
@@ -49,40 +54,58 @@ class PictureFiles(Dataset):
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.names[index])
 
+    def source(self, index: int):
+        """What the loader takes: a path, or a Member of an archive."""
+        return self.path(index) if self.places is None else member(self.places, self.root, index, self.path(index))
+
     def __getitem__(self, index):
-        image = self.loader(self.path(index))
+        image = self.loader(self.source(index))
         return (image if self.transform is None else self.transform(image)), int(self.labels[index])
 
 
-def _open_folders(root, is_train, transform, loader, category):
-    """ImageNet's layout: train/CLASS/PICTURE and val/CLASS/PICTURE."""
-    classes = _class_folders(root, "val")
+def _open_folders(root, is_train, transform, loader, category, index):
+    """ImageNet's layout: train/CLASS/PICTURE and val/CLASS/PICTURE, or archives in train/ and val/."""
+    found = _find(root, "val", index)
     if is_train:  # --eval needs no training pictures
-        need_pictures(os.path.join(root, "val"), classes)
-        train, val = _class_folders(root, "train"), classes
-        if train != val:
-            one = sorted(set(train) ^ set(val))[0]
-            raise UserError("--data-path: the class folders of train and val differ, '{}' is only in {}".format(
-                one, "train" if one in train else "val"))
-    found = walk(os.path.join(root, "train" if is_train else "val"), classes)
-    return PictureFiles(found.root, found.names, found.labels, found.classes, transform, loader, found.left_out)
+        found = _find(root, "train", index, found.classes)
+    return PictureFiles(found.root, found.paths(), found.labels, found.classes, transform, loader, found.left_out,
+                        found.places)
 
 
-def _class_folders(root, part):
+def _find(root, part, index, needed=None):
+    """The Found of the folder `part`; needed: the classes that it has to have."""
     folder = os.path.join(root, part)
     if not os.path.isdir(folder):
         raise UserError("--data-path: {} has no folder '{}'; the layout is train/CLASS/PICTURE and val/CLASS/PICTURE"
                         .format(root, part))
-    classes = class_names(folder)
+    classes, archives = class_names(folder), archive_names(folder)
+    if classes and archives:
+        raise UserError("--data-path: {} holds class folders ('{}') and archives ('{}'); leave one of the two kinds"
+                        .format(folder, classes[0], archives[0]))
+    if archives:
+        found = index.of(folder, archives, lambda shown: read_archives(folder, archives, shown))
+        _need_same(found.classes, needed)
+        return found
     if not classes:
         raise UserError("--data-path: {} has no class folders; the layout is {}/CLASS/PICTURE".format(folder, part))
-    return classes
+    _need_same(classes, needed)
+    return index.of(folder, classes, lambda shown: walk(folder, classes, shown))
+
+
+def _need_same(train, val):
+    if val is None or train == val:
+        return
+    different = sorted(set(train) ^ set(val))
+    if not different:
+        raise UserError("--data-path: the classes of train and val stand in different orders")
+    raise UserError("--data-path: the class folders of train and val differ, '{}' is only in {}".format(
+        different[0], "train" if different[0] in train else "val"))
 
 
 def _open_inat(year):
     """iNaturalist with the classes of one level of its taxonomy, in DeiT's layout: `train<year>.json`, `val<year>.json`
     and `categories.json` beside the pictures."""
-    def open_inat(root, is_train, transform, loader, category):
+    def open_inat(root, is_train, transform, loader, category, index):
         annotations = _read_json(root, "{}{}.json".format("train" if is_train else "val", year))
         train = annotations if is_train else _read_json(root, "train{}.json".format(year))
         try:
@@ -115,7 +138,7 @@ def _read_json(root, name):
         raise UserError("--data-path: {} cannot be read ({})".format(path, error))
 
 
-def _open_cifar(root, is_train, transform, loader, category):
+def _open_cifar(root, is_train, transform, loader, category, index):
     try:
         dataset = datasets.CIFAR100(root, train=is_train, transform=transform)
     except RuntimeError:
@@ -153,12 +176,12 @@ class Digits(Dataset):
         return (image if self.transform is None else self.transform(image)), label
 
 
-def _open_digits(root, is_train, transform, loader, category):
+def _open_digits(root, is_train, transform, loader, category, index):
     return Digits(is_train, transform)
 
 
 class DataSet(NamedTuple):
-    """A row of the table: open(root, is_train, transform, loader, category) gives the data set."""
+    """A row of the table: open(root, is_train, transform, loader, category, index) gives the data set."""
     open: Callable
     needs_root: bool = True
     files: bool = True  # of pictures, which may be large
@@ -178,8 +201,10 @@ DATA_SETS = tuple(TABLE)
 
 
 def build_dataset(is_train: bool, name: str, root: Optional[str], transform, inat_category: str = "name",
-                  jpeg_draft: bool = False) -> Dataset:
-    """The training or validation part of the data set `name`. `jpeg_draft`: as `transform` was built.
+                  jpeg_draft: bool = False, index: Optional[Index] = None,
+                  image_backend: str = "pillow") -> Dataset:
+    """The training or validation part of the data set `name`. `jpeg_draft`, `image_backend`: as `transform` was built.
+    index: the Index of the run, None for a new one of this process alone.
 
     IMNET reads any ImageFolder layout; DIGITS needs no `root`. Raises UserError where `root` is not what it should be.
     """
@@ -189,7 +214,9 @@ def build_dataset(is_train: bool, name: str, root: Optional[str], transform, ina
             raise UserError("--data-path is missing: say where the data set {} lies".format(name))
         if not os.path.isdir(root):
             raise UserError("--data-path: there is no folder {}".format(root))
-    dataset = row.open(root, is_train, transform, leave_path if jpeg_draft else LastPicture(), inat_category)
+    loader = leave_path if jpeg_draft else LastPicture(load_pixels if image_backend == "fast" else None)
+    dataset = row.open(root, is_train, transform, loader, inat_category,
+                       Index() if index is None else index)
     if not len(dataset):
         raise UserError("--data-path: {} has no picture {}".format(root, "to train on" if is_train else "to validate"))
     return dataset
@@ -221,6 +248,7 @@ class Augmentation(NamedTuple):
     remode: str = "pixel"
     recount: int = 1
     jpeg_draft: bool = False  # the input is a path, see runtime.pictures.reading.DraftCrop
+    image_backend: str = "pillow"  # fast: the input is bytes, see runtime.pictures.fast
 
 
 def build_transform(is_train: bool, name: str, input_size: int, augmentation: Augmentation = Augmentation()):
@@ -243,6 +271,8 @@ def build_transform(is_train: bool, name: str, input_size: int, augmentation: Au
             transform.transforms[0] = transforms.RandomCrop(input_size, padding=4)
         elif a.jpeg_draft:
             transform.transforms[0] = DraftCrop(transform.transforms[0])
+        elif a.image_backend == "fast":
+            transform.transforms[0] = FastCrop(transform.transforms[0])
         return transform
     if not row.cropped:
         resize = [transforms.Resize((input_size, input_size), bicubic)]

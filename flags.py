@@ -11,6 +11,7 @@ from runtime.command import above_0, at_least_0, count, path, positive, seed, sh
 from runtime.errors import UserError
 from runtime.learning.models import EVO_DEIT
 from runtime.machine.precision import parse_loss_scale
+from runtime.machine.versions import RESIZES_BYTES
 
 PUBLISHED_EPOCHS = 300
 # the published recipe of Evo-DeiT, where it is another than Evo-LeViT's, and images of a card by model
@@ -32,6 +33,8 @@ def get_args_parser():
     add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET is any folder in ImageNet's layout")
     add("--inat-category", default="name", choices=INAT_CATEGORIES,
         help="taxonomic level that is the class, of INAT and INAT19")
+    add("--index-cache", type=path, default="", metavar="DIR", help="where the list of the pictures is kept from run "
+        "to run, so that train/ and val/ are searched once (default: the output folder)")
     add("--input-size", type=positive, metavar="PIXELS", help="side of the images (default: the model's own)")
     add("--num_workers", "--num-workers", type=count, metavar="N", help="data-loading processes of each process; 0 "
         "loads in the process itself (default: 10, or its share of the cores where that is less)")
@@ -117,6 +120,8 @@ def get_args_parser():
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="mix per batch, pair or image")
     add("--jpeg-draft", action="store_true", help="decode JPEGs at a half, a quarter or an eighth of their size where "
         "a crop is at least twice as much larger than the image")
+    add("--image-backend", default="pillow", choices=("pillow", "fast"), help="what decodes and resizes training "
+        "pictures: Pillow, as published, or simplejpeg and PyTorch, whose pixels are within 2 of 255 of Pillow's")
 
     add = parser.add_argument_group("distillation").add_argument
     add("--distillation-type", default="cls", choices=losses.TYPES,
@@ -254,6 +259,12 @@ def check_recipe(args):
     if args.jpeg_draft and not TABLE[args.data_set].files:
         raise UserError("--jpeg-draft is for data sets of large picture files, which --data-set {} is not".format(
             args.data_set))
+    if args.image_backend == "fast":
+        if not RESIZES_BYTES:
+            raise UserError("--image-backend fast needs PyTorch 2.1 or newer; leave it out")
+        if not TABLE[args.data_set].files or args.jpeg_draft:
+            raise UserError("--image-backend fast is for data sets of large picture files and replaces --jpeg-draft; "
+                            "leave {} out".format("--jpeg-draft" if args.jpeg_draft else "it"))
     if (args.teacher_labels or args.write_teacher_labels) and args.distillation_type == "none":
         raise UserError("--distillation-type none has no teacher whose labels could be stored; leave {} out".format(
             "--teacher-labels" if args.teacher_labels else "--write-teacher-labels"))

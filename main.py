@@ -14,10 +14,11 @@ from timm.scheduler import create_scheduler
 
 import losses
 from announce import describe, describe_epoch, describe_training, name_slow
-from datasets import Augmentation, build_dataset, build_transform, crop_pct
+from datasets import crop_pct
 from engine import Learner, evaluate, label_epoch, train_one_epoch
 from fix_timm.mixup import Mixup
 from flags import check_machine, check_recipe, family_defaults, global_batch, mixes, parse_args, scaled_lr
+from loaders import build_train_loader, build_val_loader, open_index
 from runtime.errors import NonFiniteLoss, RunFailed, Stopped, UserError
 from runtime.keeping.checkpoint import BEST, export_weights, load_checkpoint, load_newest
 from runtime.keeping.control import Control, Signals
@@ -53,45 +54,9 @@ from runtime.machine.machine import Machine
 from runtime.machine.precision import build_precision
 from runtime.machine.profiling import profiled
 from runtime.machine.randomness import seed_everything
-from runtime.pictures.batches import EvaluationView, TrainingView, collate
-from runtime.pictures.folders import describe_left_out
-from samplers import Feed, ShardSampler, build_train_sampler
+from samplers import Feed
 
 # ----------------------------------------------------------------------------------------------------- builders
-
-def build_loader(dataset, args, machine, **kwargs):
-    """A DataLoader with the recipe's workers."""
-    workers = args.num_workers
-    if workers is None:
-        workers = min(10, (os.cpu_count() or 1) // machine.world.local_size)
-    return torch.utils.data.DataLoader(
-        dataset, num_workers=workers, pin_memory=args.pin_mem and machine.device.type != "cpu", collate_fn=collate,
-        **dict(kwargs, **versions.persistent_workers(workers)))
-
-
-def build_train_loader(args, machine):
-    """The training images' loader; its data set and sampler are its attributes dataset.dataset and batch_sampler."""
-    augmentation = Augmentation(*(getattr(args, name) for name in Augmentation._fields))
-    transform = build_transform(True, args.data_set, args.input_size, augmentation)
-    dataset = build_dataset(True, args.data_set, args.data_path, transform, args.inat_category, args.jpeg_draft)
-    if getattr(dataset, "left_out", None):
-        machine.say("Note: {} holds files that are no pictures by their names: {}".format(
-            dataset.root, describe_left_out(dataset.left_out)))
-    sampler = build_train_sampler(dataset, args.batch_size, machine.world.rank, machine.world.size, args.micro_batches,
-                                  args.repeated_aug, args.seed)
-    return build_loader(TrainingView(dataset), args, machine, batch_sampler=sampler)
-
-
-def build_val_loader(args, machine, places_of=lambda classes: None):
-    """(the validation images' loader, of each process's share of them with --dist-eval; whether they are shared out).
-    places_of(names of the classes): the number that the model has for each, None for the same."""
-    dataset = build_dataset(False, args.data_set, args.data_path, build_transform(False, args.data_set,
-        args.input_size), args.inat_category)
-    shared = args.dist_eval and machine.world.size > 1
-    sampler = ShardSampler(dataset, machine.world.rank, machine.world.size) if shared else None
-    view = EvaluationView(dataset, args.input_size, places_of(dataset.classes))
-    return build_loader(view, args, machine, batch_size=args.batch_size, sampler=sampler), shared
-
 
 def build_student(args, classes, say, fresh):
     """The model to train, from --finetune's weights where they are given and the run is a `fresh` one."""
@@ -178,17 +143,17 @@ def find_unused(model, criterion, args, machine):
 
 # ----------------------------------------------------------------------------------------------------- tasks
 
-def train(args, given, checkpoint, machine, agreement):
+def train(args, given, checkpoint, machine, agreement, index):
     """The recipe itself, going on from `checkpoint` if there is one; returns the trained model."""
     say = machine.say
-    loader = build_train_loader(args, machine)
+    loader = build_train_loader(args, machine, index)
     data, sampler = loader.dataset.dataset, loader.batch_sampler
     if len(data.classes) == 1:
         raise UserError("--data-path: there is one class only, '{}', so there is nothing to tell apart; the layout is "
                         "train/CLASS/PICTURE and val/CLASS/PICTURE".format(data.classes[0]))
     if checkpoint is not None:
         need_same_classes(checkpoint, data.classes)
-    val_loader, shared = build_val_loader(args, machine)
+    val_loader, shared = build_val_loader(args, machine, index)
     model = build_student(args, data.classes, say, checkpoint is None)
     teacher, labels = build_teaching(args, data.classes, len(data), machine)
     macs = 3 * describe(model, args, machine)  # of a training image, forwards and backwards
@@ -209,6 +174,7 @@ def train(args, given, checkpoint, machine, agreement):
         state.restore(checkpoint, "start_epoch" in given, say)
         scalars = held.enter_context(opened(state, checkpoint is None, agreement, say))
         profile = held.enter_context(profiled(args.profile, machine, args.output_dir))
+        index.keep()
         start, updates, shared_mode = time.time(), 0, None
 
         def saved(done):
@@ -273,15 +239,16 @@ def finish(args, state, updates, seconds, machine):
         timedelta(seconds=int(seconds)), args.output_dir))
 
 
-def write_labels(args, machine):
+def write_labels(args, machine, index):
     """`--write-teacher-labels`: stores what the teacher says of --epochs epochs' crops; epochs that are stored stay."""
-    loader = build_train_loader(args, machine)
+    loader = build_train_loader(args, machine, index)
     data, sampler = loader.dataset.dataset, loader.batch_sampler
     teacher, _ = build_teaching(args, data.classes, len(data), machine)
     machine.precision.prepare(teacher)
     if args.compile:
         compile_module(teacher.model, machine.device.type, fullgraph=False, frozen=True)
     criterion, mixup = build_criterion(args, len(data.classes), teacher)
+    index.keep()
     feed = Feed(loader, sampler, mixup)
     settings = label_settings(args, sampler.replicas, len(data), len(data.classes))
     writer = LabelWriter(args.write_teacher_labels, settings, machine.world.is_main)
@@ -297,9 +264,10 @@ def write_labels(args, machine):
     return teacher
 
 
-def evaluate_checkpoint(args, given, checkpoint, machine):
+def evaluate_checkpoint(args, given, checkpoint, machine, index):
     """`--eval`: prints top-1, top-5, loss and images/s of the checkpoint, and returns the model."""
-    loader, shared = build_val_loader(args, machine, lambda classes: places_in(checkpoint, classes))
+    loader, shared = build_val_loader(args, machine, index, lambda classes: places_in(checkpoint, classes))
+    index.keep()
     classes = checkpoint.classes() or loader.dataset.dataset.classes
     restored = restore(checkpoint, args.model, args.input_size, len(classes), "model_ema" if args.eval_ema else "model",
                        args.keep_ratio)
@@ -386,13 +354,14 @@ def run(args, given):
         vars(args), input_size=args.input_size or default_input_size(args.model),
         micro_batches=micro_batches(args, given, checkpoint, world.size, say)))
     seed_everything(args.seed + world.rank)
+    index = open_index(args, machine, agreement)
     if args.eval:
-        return evaluate_checkpoint(args, given, checkpoint, machine)
+        return evaluate_checkpoint(args, given, checkpoint, machine, index)
     check_recipe(args)
     if args.write_teacher_labels:
-        return write_labels(args, machine)
+        return write_labels(args, machine, index)
     try:
-        return train(args, given, checkpoint, machine, agreement)
+        return train(args, given, checkpoint, machine, agreement, index)
     except NonFiniteLoss as error:
         raise explained(error, args.output_dir, world.rank)
 

@@ -31,7 +31,7 @@ from runtime.machine.cost import count_macs
 from runtime.machine.images import normalize
 from runtime.machine.machine import Machine
 from runtime.machine.precision import build_precision
-from runtime.machine.versions import prefers_channels_last
+from runtime.machine.versions import RESIZES_BYTES, prefers_channels_last
 from runtime.pictures.batches import TrainingView, collate
 from samplers import RASampler
 
@@ -40,7 +40,7 @@ from .plain import PlainEvoLeViT, PlainTraining
 CLASSES = 1000
 _MODES = {"plain", "dense", "keep", "compile", "amp", "channels-last", "contiguous"}
 WORDS = {"inference": _MODES | {"fuse"}, "train": _MODES | {"teacher", "teacher-size", "stored"},
-         "loader": {"draft", "normalized", "once"}}
+         "loader": {"draft", "fast", "normalized", "once"}}
 
 
 class Contender(NamedTuple):
@@ -244,9 +244,14 @@ def loader(text, batch, size, device, folder):
     if name == "plain":
         view = _Plain(folder, size)
     else:
-        draft = "draft" in options
-        transform = build_transform(True, "IMNET", size, Augmentation(jpeg_draft=draft))
-        view = TrainingView(build_dataset(True, "IMNET", folder, transform, jpeg_draft=draft))
+        draft, fast = "draft" in options, "fast" in options
+        if fast and (draft or not RESIZES_BYTES):
+            raise UserError("contender {}: {}".format(text, "fast replaces draft" if draft else
+                                                      "fast needs PyTorch 2.1 or newer"))
+        backend = "fast" if fast else "pillow"
+        transform = build_transform(True, "IMNET", size, Augmentation(jpeg_draft=draft, image_backend=backend))
+        dataset = build_dataset(True, "IMNET", folder, transform, jpeg_draft=draft, image_backend=backend)
+        view = TrainingView(dataset, keep_generators=not fast)
     sampler = RASampler(view, repeats=1 if "once" in options else 3)
     place = [0]
 

@@ -33,6 +33,7 @@ RUN = {
     "eval_ema",
     "export_weights",
     "finetune",
+    "index_cache",
     "local_rank",
     "loss_scale",
     "max_steps",
@@ -48,6 +49,7 @@ RUN = {
     "tensorboard",
     "world_size",
      "write_teacher_labels"}
+IMPLIED = {"image_backend": "pillow"}  # what is meant by files that are older than these flags
 FIXED = ("model", "opt")  # what a checkpoint's weights and moments belong to
 
 
@@ -57,6 +59,8 @@ def combine(args: argparse.Namespace, given: Set[str], checkpoint: Optional[Chec
     what `checkpoint` says, for evaluation or training. `family`: defaults of the model's family. What is another than
     the flags' defaults is told in a sentence. Raises UserError for what cannot change."""
     saved = {} if checkpoint is None else checkpoint.settings() if args.eval else checkpoint.recipe()
+    if saved and not args.eval:
+        saved = dict(IMPLIED, **saved)
     own = {name: value for name, value in family.items() if name not in given and name not in saved}
     if own and not args.eval:
         say("Published recipe of {}: {}".format(args.model, ", ".join("{} {}".format(_flag(n), v) for n,
@@ -131,6 +135,7 @@ _OWN = {
     "dist_url",
     "export_weights",
     "finetune",
+    "index_cache",
     "local_rank",
     "num_workers",
     "output_dir",
@@ -145,7 +150,7 @@ def need_same_everywhere(settings: dict, data, agreement: Agreement):
     set."""
     own = {_flag(name): value for name, value in settings.items() if name not in _OWN}
     own.update({"the number of training images": len(data), "the names of the classes": list(data.classes),
-                "the labels of the images": zlib.crc32(np.asarray(data.labels, dtype=np.int64).tobytes())})
+                "the labels of the images": zlib.crc32(np.asarray(data.labels, dtype=np.int64))})
     texts = agreement.texts(json.dumps(own, default=str))
     for rank, text in enumerate(texts):
         if text != texts[0]:

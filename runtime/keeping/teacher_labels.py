@@ -14,13 +14,14 @@ import torch
 
 from ..errors import UserError
 from .files import write_json, write_whole
+from .settings import IMPLIED
 
 SETTINGS = "settings.json"
 # what the images that the teacher sees depend on, and what is kept of its answer
 DEPENDS_ON = ("data_set", "inat_category", "input_size", "batch_size", "seed", "repeated_aug", "color_jitter", "aa",
-              "train_interpolation", "reprob", "remode", "recount", "jpeg_draft", "mixup", "cutmix", "cutmix_minmax",
-              "mixup_prob", "mixup_switch_prob", "mixup_mode", "distillation_type", "teacher_model", "teacher_path",
-              "teacher_input_size")
+              "train_interpolation", "reprob", "remode", "recount", "jpeg_draft", "image_backend", "mixup", "cutmix",
+              "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "distillation_type", "teacher_model",
+              "teacher_path", "teacher_input_size")
 
 
 def label_settings(args, replicas: int, images: int, num_classes: int) -> dict:
@@ -113,6 +114,7 @@ def _read_settings(folder, flag):
 
 def _compare(stored, settings, folder, flag):
     settings = json.loads(json.dumps(settings))  # tuples as lists
+    stored = dict(IMPLIED, **stored)
     for name, value in settings.items():
         if stored.get(name) != value:
             raise UserError("{}: the labels in {} were written with {} {} and this run has {}; other crops or labels "

@@ -1,5 +1,5 @@
 """What the processes of a run tell one another between two updates."""
-from typing import List, Optional
+from typing import List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -11,10 +11,23 @@ from .processes import is_distributed
 class Agreement:
     """Sums small counts over all processes, on the host: no device waits for it."""
 
-    def __init__(self, timeout=None):
-        options = {} if timeout is None else {"timeout": timeout}
-        self._group = dist.new_group(backend="gloo", **options) if is_distributed() else None
-        self.rank = dist.get_rank() if is_distributed() else 0
+    def __init__(self, timeout=None, ranks: Optional[Sequence[int]] = None):
+        self._options = {} if timeout is None else {"timeout": timeout}
+        self._group, self.rank, self._ranks = None, 0, [0]
+        if is_distributed():
+            self._ranks = list(range(dist.get_world_size()) if ranks is None else ranks)
+            self._group = dist.new_group(self._ranks, backend="gloo", **self._options)
+            self.rank = self._ranks.index(dist.get_rank()) if dist.get_rank() in self._ranks else -1
+
+    def among_equal(self, text: str) -> "Agreement":
+        """The Agreement of those processes that give the same `text`; all of them have to call this."""
+        if self._group is None:
+            return self
+        texts, own = self.texts(text), None
+        for one in sorted(set(texts)):  # every process takes part in making every group
+            group = Agreement(self._options.get("timeout"), [r for r, t in zip(self._ranks, texts) if t == one])
+            own = group if one == text else own
+        return own
 
     @property
     def alone(self) -> bool:
@@ -33,7 +46,7 @@ class Agreement:
         """Every process's `value`, a float, in the order of their ranks."""
         if self._group is None:
             return [value]
-        values = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
+        values = [torch.zeros(1, dtype=torch.float64) for _ in self._ranks]
         dist.all_gather(values, torch.tensor([value], dtype=torch.float64), group=self._group)
         return [v.item() for v in values]
 
@@ -43,7 +56,7 @@ class Agreement:
             return set(numbers)
         longest = int(max(self.gather(len(numbers))))
         own = torch.tensor(list(numbers) + [-1] * (longest - len(numbers)), dtype=torch.int64)
-        lists = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+        lists = [torch.zeros_like(own) for _ in self._ranks]
         dist.all_gather(lists, own, group=self._group)
         return {number for numbers in lists for number in numbers.tolist()} - {-1}
 
@@ -70,5 +83,5 @@ class Agreement:
         data = torch.zeros(size, dtype=torch.uint8)
         if self.rank == source:
             data = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
-        dist.broadcast(data, source, group=self._group)
+        dist.broadcast(data, self._ranks[source], group=self._group)
         return data.numpy().tobytes()

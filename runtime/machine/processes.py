@@ -199,6 +199,15 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def machine_name() -> str:
+    """What tells this machine from the others of a run, until it is started anew."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as f:
+            return "{} {}".format(platform.node(), f.read().strip())
+    except OSError:
+        return platform.node()
+
+
 def barrier():
     """Waits for all processes."""
     if is_distributed():

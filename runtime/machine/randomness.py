@@ -25,13 +25,18 @@ def seed_everything(seed):
         torch.npu.manual_seed_all(seed)  # older PyTorch does not know of that device
 
 
+def draw_from(seed):
+    """From here on Python, NumPy and PyTorch's CPU generator draw from `seed`."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the devices, too
+
+
 @contextmanager
 def drawing_from(seed):
     """Inside, Python, NumPy and PyTorch's CPU generator draw from `seed`; after it they go on as if nothing was."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the devices, too
+    draw_from(seed)
     try:
         yield
     finally:

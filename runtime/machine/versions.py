@@ -100,6 +100,15 @@ def prefers_channels_last(device_type: str) -> bool:
     return device_type in ("cpu", "cuda") and TORCH >= (2, 0)
 
 
+# --- torch before 2.1 does not resize bytes, or not with the filters that Pillow has.
+RESIZES_BYTES = TORCH >= (2, 1)
+
+
+def resize_bytes(images: torch.Tensor, size, mode: str) -> torch.Tensor:
+    """`images` (B, 3, H, W) uint8 at another `size` (height, width), by "bicubic" or "bilinear" interpolation."""
+    return nn.functional.interpolate(images, size=size, mode=mode, antialias=True)
+
+
 # --- line 1.8: timm 0.4.12 still hands torchvision an interpolation by its number, of which torchvision warns.
 warnings.filterwarnings("ignore", message="Argument interpolation should be of type InterpolationMode")
 

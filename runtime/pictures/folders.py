@@ -1,42 +1,13 @@
-"""Picture files of a folder for each class, found by one walk and kept in packed arrays."""
+"""Picture files of a folder for each class, found by one walk."""
 import os
 from collections import Counter
-from typing import List, NamedTuple
+from typing import Callable, List
 
 import numpy as np
 
 from ..errors import UserError
+from .found import Found, Names, Sign
 from .reading import is_picture_name
-
-
-class Names:
-    """A list of file names in two arrays, so that a million of them are two objects: data-loading processes, forked
-    from this one, share their memory however often they read it, where a list's reference counts would copy every
-    page."""
-
-    def __init__(self, names):
-        encoded = [os.fsencode(name) for name in names]
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-
-    def __len__(self):
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> str:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._bytes[start:self._ends[index]].tobytes())
-
-
-class Folders(NamedTuple):
-    """The pictures of ROOT/CLASS/.../PICTURE, in the order of torchvision's ImageFolder."""
-    root: str
-    classes: List[str]
-    names: Names  # of the files, from root on
-    labels: np.ndarray  # (N,) int64, the place of each one's class in `classes`
-    left_out: Counter  # how many files of which suffix are no pictures
 
 
 def class_names(root: str) -> List[str]:
@@ -44,27 +15,26 @@ def class_names(root: str) -> List[str]:
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def walk(root: str, classes: List[str]) -> Folders:
+def walk(root: str, classes: List[str], shown: Callable = lambda items: items) -> Found:
     """Finds the pictures of `classes` in `root`, through symbolic links, without files and folders that begin with a
-    dot.
+    dot. shown: shown(classes) yields them and shows how far the walk is.
 
     Raises UserError for a class folder that holds no picture.
     """
-    names, labels, left_out = [], [], Counter()
-    for label, name in enumerate(classes):
-        before = len(names)
-        names += _pictures(root, name, left_out)
-        if len(names) == before:
-            _refuse_empty(root, name)
-        labels.append(np.full(len(names) - before, label, dtype=np.int64))
-    return Folders(root, classes, Names(names), np.concatenate(labels), left_out)
+    counts, left_out, signs = [], Counter(), [Sign.of(root, "")]
 
+    def names():
+        for name in shown(classes):
+            found = _pictures(root, name, left_out, signs)
+            if not found:
+                _refuse_empty(root, name)
+            counts.append(len(found))
+            for path in found:
+                yield path
 
-def need_pictures(root: str, classes: List[str]):
-    """Raises UserError unless each class folder holds a picture; looks no further than the first of each."""
-    for name in classes:
-        if not any(is_picture_name(file) for _, files in visible_folders(os.path.join(root, name)) for file in files):
-            _refuse_empty(root, name)
+    packed = Names(names())
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
+    return Found(root, classes, packed, labels, left_out, signs)
 
 
 def _refuse_empty(root, name):
@@ -72,28 +42,42 @@ def _refuse_empty(root, name):
         os.path.join(root, name)))
 
 
-def _pictures(root, name, left_out):
-    found = []
-    for folder, files in sorted(visible_folders(os.path.join(root, name))):
+def _pictures(root, name, left_out, signs):
+    """The class's pictures, from its folder on."""
+    found, top = [], os.path.join(root, name)
+    for folder, files, status in sorted(_visible(top), key=lambda entry: entry[:2]):
+        signs.append(Sign(os.path.relpath(folder, root), status.st_mtime_ns, status.st_size))
         for file in sorted(files):
             if is_picture_name(file):
-                found.append(os.path.relpath(os.path.join(folder, file), root))
+                found.append(os.path.relpath(os.path.join(folder, file), top))
             elif not file.startswith("."):
-                left_out[os.path.splitext(file)[1].lower() or "without a suffix"] += 1
+                count_left_out(left_out, file)
     return found
 
 
-def visible_folders(top: str):
-    """Yields (folder, names of its files) for `top` and the folders below, through symbolic links, each once, without
-    those that begin with a dot."""
-    seen = set()
+def count_left_out(left_out: Counter, file: str):
+    """Counts a file that is no picture by its suffix."""
+    left_out[os.path.splitext(file)[1].lower() or "without a suffix"] += 1
+
+
+def _visible(top):
+    """As visible_folders, with each folder's status from before its files were listed."""
+    seen, statuses = set(), {top: os.stat(top)}
     for folder, folders, files in os.walk(top, followlinks=True):
-        status = os.stat(folder)
+        status = statuses.pop(folder)
         if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above
             folders[:] = []
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = [name for name in folders if not name.startswith(".")]
+        statuses.update((path, os.stat(path)) for path in [os.path.join(folder, name) for name in folders])
+        yield folder, files, status
+
+
+def visible_folders(top: str):
+    """Yields (folder, names of its files) for `top` and the folders below, through symbolic links, each once, without
+    those that begin with a dot."""
+    for folder, files, _ in _visible(top):
         yield folder, files
 
 

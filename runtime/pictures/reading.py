@@ -4,6 +4,7 @@ import os
 import random
 import warnings
 from contextlib import contextmanager
+from typing import NamedTuple, Union
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -28,31 +29,53 @@ def is_picture_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS) and not os.path.basename(name).startswith(".")
 
 
-def load_picture(path: str) -> Image.Image:
+class Member(NamedTuple):
+    """A file inside an archive, where a loader takes a path."""
+    archive: str
+    offset: int  # bytes
+    size: int  # bytes
+    path: str  # what messages call it
+
+
+def load_picture(path: Union[str, Member]) -> Image.Image:
     """The file's picture as RGB; of an animation the first. EXIF rotation is left alone, as in the published recipe.
 
     Any mode is converted; greys of more than 8 bits by their range (see _to_bytes). Raises DamagedImage, also for a
     picture of more pixels than Pillow's limit against decompression bombs allows (2 * PIL.Image.MAX_IMAGE_PIXELS, 179
     million).
     """
-    with _damage_named(path):
+    with damage_named(path):
         return _decode(_open(path))
 
 
 @contextmanager
-def _damage_named(path):
+def damage_named(path):
+    """Whatever goes wrong inside is a DamagedImage of `path`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large pictures, broken EXIF, palettes with transparency: all are read
             yield
     except Exception as error:  # a damaged file can raise anything in a decoder
         reason = str(error).split("\n")[0].split(" <")[0]  # without Pillow's name for the open file
-        raise DamagedImage(path, "{}: {}".format(type(error).__name__, reason[:120]))
+        raise DamagedImage(getattr(path, "path", path), "{}: {}".format(type(error).__name__, reason[:120]))
+
+
+def read_bytes(path: Union[str, Member]) -> bytes:
+    """The whole file. Raises OSError."""
+    if isinstance(path, Member):
+        with open(path.archive, "rb", buffering=0) as f:
+            return os.pread(f.fileno(), path.size, path.offset)
+    with open(path, "rb") as f:
+        return f.read()
 
 
 def _open(path):
-    with open(path, "rb") as f:
-        return Image.open(io.BytesIO(f.read()))
+    return Image.open(io.BytesIO(read_bytes(path)))
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """The picture in the bytes of a file, as load_picture reads it; call it where damage is named."""
+    return _decode(Image.open(io.BytesIO(data)))
 
 
 def _decode(picture):
@@ -80,15 +103,16 @@ def _to_bytes(grey):
 
 
 class LastPicture:
-    """load_picture that keeps the last picture: with repeated augmentation one process asks for it three times in a
-    row."""
+    """load_picture, or another `load`, that keeps the last picture: with repeated augmentation one process asks for it
+    three times in a row."""
 
-    def __init__(self):
+    def __init__(self, load=None):
+        self._load = load
         self._path = self._picture = None
 
     def __call__(self, path):
         if self._path != path:
-            self._picture = load_picture(path)
+            self._picture = load_picture(path) if self._load is None else self._load(path)
             self._path = path
         return self._picture
 
@@ -106,7 +130,7 @@ class DraftCrop:
 
     def __call__(self, path):
         crop, (height, width) = self.crop, self.crop.size
-        with _damage_named(path):
+        with damage_named(path):
             picture = _open(path)
             full = picture.size
             top, left, h, w = crop.get_params(picture, crop.scale, crop.ratio)

@@ -103,3 +103,15 @@ def test_mistakes_end_in_one_sentence(flags, sentence, capsys):
         benchmark.main(flags + ["--device", "cpu"])
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count("\n") == 1 and sentence in err, err
+
+
+def test_the_cost_of_a_data_set_without_its_pictures(tmp_path):
+    code, out, err = commands.run([sys.executable, "-m", "bench.data", "--images", 2560, 5120, "--batches", 8, "--json",
+                                   tmp_path / "figures.json"])
+    assert code == 0, out + err
+    with open(str(tmp_path / "figures.json")) as f:
+        rows = json.load(f)["rows"]
+    assert [row["images"] for row in rows] == [2560, 5120] and out.count("\n|") == 4 and ", family " in out
+    for row in rows:
+        assert 0 < row["open_s"] < row["first_batch_s"] and row["worker_pictures"] == 2048
+        assert row["main_mib"] < 50 and row["worker_grows_mib"] < 20

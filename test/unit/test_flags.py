@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import main
-from datasets import Augmentation, build_transform
+from datasets import Augmentation, build_dataset, build_transform
 from flags import get_args_parser
 from runtime.learning.average import ModelEma
 from runtime.learning.optimizer import build_optimizer
@@ -271,11 +271,11 @@ def test_cifar_is_read_at_its_own_size(tmp_path, monkeypatch):
         monkeypatch.setattr(torchvision_datasets.CIFAR100, name, value)
     monkeypatch.setattr(torchvision_datasets.CIFAR100, "meta",
                         {"filename": "meta", "key": "fine_label_names", "md5": hashlib.md5(content).hexdigest()})
-    dataset = main.build_dataset(True, "CIFAR", str(tmp_path), build_transform(True, "CIFAR", 32))
+    dataset = build_dataset(True, "CIFAR", str(tmp_path), build_transform(True, "CIFAR", 32))
     (pixels, _), label = dataset[3]
     assert pixels.shape == (32, 32, 3) and label == 3 and len(dataset) == 40 and len(dataset.classes) == 100
     with pytest.raises(main.UserError, match="does not hold CIFAR-100"):
-        main.build_dataset(False, "CIFAR", str(folder), None)
+        build_dataset(False, "CIFAR", str(folder), None)
     main.main(["--device", "cpu", "--num_workers", "0", "--data-set", "CIFAR", "--data-path", str(tmp_path), "--model",
          "resnet10t", "--distillation-type", "none", "--input-size", "32", "--batch-size", "20", "--epochs", "1",
          "--output_dir", str(tmp_path / "out")] if hasattr(torch, "compile") else ["--device", "cpu", "--num_workers",

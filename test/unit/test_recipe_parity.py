@@ -13,12 +13,13 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer
 from timm.scheduler import create_scheduler
 
+import samplers
 from engine import Learner
 from flags import get_args_parser
 from losses import DistillationLoss
 from runtime.learning.models import apply_token_schedule
 from runtime.machine.machine import Machine
-from samplers import RASampler, ShardSampler, TrainingBatchSampler
+from samplers import OnceSampler, RASampler, ShardSampler, TrainingBatchSampler
 
 
 def published_args(**changes):
@@ -138,3 +139,22 @@ def test_twelve_training_steps_follow_the_published_trajectory():
     with torch.no_grad():
         final = model.eval()(torch.from_numpy(np.random.RandomState(77).standard_normal((2, 3, 224, 224))))
     assert relative_error(final, facts["final_logits"]) < 1e-6
+
+
+@settings(deadline=None, max_examples=60)
+@given(length=st.integers(8, 900), replicas=st.integers(1, 8), epoch=st.integers(0, 5), shuffle=st.booleans())
+def test_the_sampler_without_repetition_is_pytorchs_index_for_index(length, replicas, epoch, shuffle):
+    for rank in range(replicas):
+        ours, theirs = (kind(range(length), replicas, rank, shuffle)
+                        for kind in (OnceSampler, torch.utils.data.DistributedSampler))
+        ours.set_epoch(epoch)
+        theirs.set_epoch(epoch)
+        assert list(ours) == list(theirs) and len(ours) == len(theirs)
+
+
+def test_samplers_deal_out_pieces_as_they_would_the_whole(monkeypatch):
+    for kind in (OnceSampler, RASampler):
+        whole = list(kind(range(3000), 2, 1))
+        monkeypatch.setattr(samplers, "_PIECE", 7)
+        assert list(kind(range(3000), 2, 1)) == whole
+        monkeypatch.undo()

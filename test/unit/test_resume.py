@@ -45,6 +45,21 @@ def test_a_run_killed_at_random_instants_ends_bit_for_bit_like_an_uninterrupted_
     assert report["inside_a_write"] >= kills // 3  # half of them aim at one
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_on_shards_killed_at_random_instants_ends_like_an_uninterrupted_one(processes, damaged_digits, tmp_path):
+    shards = tmp_path / "shards"
+    code, out, err = commands.run([sys.executable, "-m", "runtime.pictures.shards", damaged_digits, shards])
+    assert code == 0, err
+    code, out, err = commands.helper("kill_and_resume", tmp_path, str(shards), processes, 10, 5,
+                                     env={"OMP_NUM_THREADS": "1"}, timeout=1800)
+    assert code == 0, out + err
+    report = json.loads(out.splitlines()[-1])
+    print(report)
+    assert report["killed"] == 10 and report["epochs"] == 3 and report["different"] == []
+    assert report["damaged"][2] == 4 and report["inside_a_write"] >= 3
+
+
 def test_the_comparison_of_two_ends_sees_every_difference():
     one = {"a": torch.zeros(3), "b": [{"epoch": 1, "seconds": 5}], "c": 0.1}
     assert kill_and_resume.differences(one, {"a": torch.zeros(3), "b": [{"epoch": 1, "seconds": 6}], "c": 0.1}) == []

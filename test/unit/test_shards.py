@@ -1,0 +1,323 @@
+"""Pictures in tar archives are the pictures of the folder: the same order, classes, training, damage and resume."""
+import io
+import json
+import os
+import shutil
+import sys
+import tarfile
+import time
+
+import commands
+import kill_and_resume
+import numpy as np
+import pytest
+
+from datasets import build_dataset
+from runtime.errors import DamagedImage, RunFailed, UserError
+from runtime.pictures import archives, index, shards
+from runtime.pictures.batches import TrainingView
+
+FAST = ["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--model", "EvoLeViT_128S",
+        "--distillation-type", "none", "--lr", "0.01", "--model-ema-decay", "0.9"]
+HOUR = time.time() - 3600
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """48 digits to train on, in class folders of which one has folders inside; a damaged file among them."""
+    root = commands.write_digits(tmp_path_factory.mktemp("shards") / "folder", classes=4, train=12, val=3)
+    top = os.path.join(root, "train", "digit2")
+    names = sorted(os.listdir(top))
+    for name, inside in zip(names[:4], ("b", "a.d", "b/c", "z")):
+        os.makedirs(os.path.join(top, inside), exist_ok=True)
+        os.rename(os.path.join(top, name), os.path.join(top, inside, name))
+    with open(os.path.join(root, "train", "digit1", "0.dam.aged.png"), "wb") as f:
+        f.write(b"no picture")
+    return root
+
+
+def pack(path, files):
+    """A tar of [(name, path of a file or bytes)]."""
+    with tarfile.open(str(path), "w", format=tarfile.GNU_FORMAT) as archive:
+        for name, content in files:
+            if not isinstance(content, bytes):
+                with open(content, "rb") as f:
+                    content = f.read()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def as_archives(root, out, nested):
+    """ImageNet's own form: an archive for each class in train/ and val/, or an archive of these; in no order."""
+    for part in ("train", "val"):
+        os.makedirs(os.path.join(str(out), part))
+        made = []
+        for name in sorted(os.listdir(os.path.join(root, part)), reverse=True):
+            top = os.path.join(root, part, name)
+            found = [os.path.join(folder, file) for folder, _, files in os.walk(top) for file in files]
+            files = [(os.path.relpath(path, top), path) for path in sorted(found, key=len)[::-1]]
+            made.append(pack(os.path.join(str(out), part, name + ".tar"), files))
+        if nested:
+            pack(os.path.join(str(out), part, "ILSVRC2012_img_{}.tar".format(part)),
+                 [(os.path.basename(path), path) for path in made])
+            for path in made:
+                os.remove(path)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def forms(folder, tmp_path_factory):
+    """{form: folder} of the same pictures."""
+    out = tmp_path_factory.mktemp("forms")
+    found = {"folder": folder, "classes": as_archives(folder, out / "classes", False),
+             "archive": as_archives(folder, out / "archive", True), "shards": str(out / "shards")}
+    pictures, shards.PICTURES = shards.PICTURES, 10
+    try:
+        shards.main(folder, found["shards"])
+    finally:
+        shards.PICTURES = pictures
+    return found
+
+
+FORMS = ["shards", "classes", "archive"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_has_the_folders_pictures_in_its_order(forms, form):
+    for is_train in (True, False):
+        plain, packed = (build_dataset(is_train, "IMNET", forms[name], None) for name in ("folder", form))
+        assert packed.classes == plain.classes and packed.labels.tolist() == plain.labels.tolist()
+        assert len(plain) == (49 if is_train else 12)
+        bad = 0
+        for number in range(len(plain)):
+            try:
+                expected = plain[number]
+            except DamagedImage:
+                with pytest.raises(DamagedImage) as error:
+                    packed[number]
+                assert "dam" in error.value.path and ".tar" in error.value.path
+                bad += 1
+                continue
+            assert np.array_equal(np.asarray(packed[number][0]), np.asarray(expected[0])), number
+        assert bad == int(is_train)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_damaged_picture_is_named_and_replaced_as_in_a_folder(forms, form):
+    plain, packed = (TrainingView(build_dataset(True, "IMNET", forms[name], None)) for name in ("folder", form))
+    for number in range(len(plain)):
+        expected, found = plain[number, 1], packed[number, 1]
+        assert found[1:3] == expected[1:3] and [one[0] for one in found[3]] == [one[0] for one in expected[3]]
+        assert [one[2:] for one in found[3]] == [one[2:] for one in expected[3]]
+        assert packed.name(number).startswith(os.path.join(forms[form], "train")) and ".tar" in packed.name(number)
+
+
+def test_twelve_steps_are_the_same_bit_for_bit_from_every_form(forms, tmp_path):
+    """Repeated augmentation, workers and evaluation included."""
+    ends = {}
+    for form in ["folder"] + FORMS:
+        out = tmp_path / form
+        commands.succeed(*FAST + ["--batch-size", 8, "--epochs", 2, "--stage-wise-epoch", 1, "--data-path",
+                                  forms[form], "--output_dir", out], small=[])
+        ends[form] = kill_and_resume.ends(str(out))
+        for checkpoint in ends[form][:2]:
+            assert checkpoint["args"].pop("data_path") == forms[form]
+    assert len(ends["folder"][2]) == 2 and ends["folder"][2][0]["damaged_images"] >= 0
+    assert ends["folder"][0]["log"][-1]["updates"] == 6  # 12 steps in two epochs
+    for form in FORMS:
+        assert kill_and_resume.differences(ends["folder"], ends[form]) == [], form
+
+
+@pytest.mark.once
+def test_stored_labels_of_a_folder_serve_its_shards(forms, tmp_path, teacher_of_four):
+    flags = ["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--batch-size", "8", "--model",
+             "EvoLeViT_128S", "--teacher-model", "regnety_002", "--epochs", "1"]
+    commands.succeed("--data-path", forms["folder"], "--write-teacher-labels", tmp_path / "labels", "--teacher-path",
+                     teacher_of_four, small=flags)
+    seen = []
+    for form in ("folder", "shards"):
+        commands.succeed("--data-path", forms[form], "--teacher-labels", tmp_path / "labels", "--output_dir",
+                         tmp_path / form, "--teacher-path", os.path.basename(teacher_of_four), small=flags)
+        with open(str(tmp_path / form / "log.txt")) as f:
+            seen.append(json.loads(f.readline())["train_loss"])
+    assert seen[0] == seen[1]
+
+
+@pytest.fixture
+def teacher_of_four(forms, tmp_path):
+    out = tmp_path / "teacher"
+    commands.succeed("--model", "regnety_002", "--distillation-type", "none", "--max-steps", 1, "--data-path",
+                     forms["folder"], "--output_dir", out, small=FAST[:6] + ["--batch-size", "8"])
+    return str(out / "checkpoint.pth")
+
+
+# ------------------------------------------------------------------------------------------------- the tool
+
+def test_the_tool_goes_on_where_it_was_interrupted_and_repairs(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shards, "PICTURES", 10)
+    out = str(tmp_path / "out")
+    written, write = [], shards.write_shard
+
+    def interrupted(path, pictures):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, pictures)
+
+    monkeypatch.setattr(shards, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shards.main(folder, out)
+    monkeypatch.setattr(shards, "write_shard", lambda path, pictures: written.append(path) or write(path, pictures))
+    shards.main(folder, out)
+    train = os.path.join(out, "train")
+    assert len(written) == len(set(written)) == 7 and "of which 3 were there already" in capsys.readouterr().out
+    contents = {name: open(os.path.join(train, name), "rb").read() for name in os.listdir(train)}
+    assert len(contents) == 5
+    del written[:]
+    for name, damage in (("shard-000000.tar", lambda c: c[:len(c) // 2]), ("shard-000001.tar", lambda c: c[:700] +
+                         bytes([c[700] ^ 1]) + c[701:]), ("shard-000004.tar", lambda c: b"")):
+        with open(os.path.join(train, name), "wb") as f:
+            f.write(damage(contents[name]))
+    shards.main(folder, out)
+    assert [os.path.basename(path) for path in written] == ["shard-000000.tar", "shard-000001.tar", "shard-000004.tar"]
+    assert {name: open(os.path.join(train, name), "rb").read() for name in os.listdir(train)} == contents
+    monkeypatch.setattr(shards, "write_shard", lambda path, pictures: write(path, pictures[:-1]))
+    with pytest.raises(RunFailed, match="does not hold what was written"):
+        shards.main(folder, str(tmp_path / "other"))
+
+
+def test_the_index_lies_beside_the_shards_and_moves_with_them(forms, tmp_path, monkeypatch):
+    assert sorted(os.listdir(forms["shards"])) == ["classes.txt", "index-train.npz", "index-val.npz", "train", "val"]
+    moved = str(tmp_path / "moved")
+    shutil.copytree(forms["shards"], moved)  # with the files' times
+    read = []
+    monkeypatch.setattr(archives, "members", lambda *a: read.append(a))
+    dataset = build_dataset(True, "IMNET", moved, None)
+    assert read == [] and len(dataset) == 49 and dataset[0][0].mode == "RGB"
+    assert dataset.source(0).archive.startswith(moved)
+
+
+def test_a_changed_archive_is_read_again(forms, tmp_path):
+    moved, said = str(tmp_path / "moved"), []
+    shutil.copytree(forms["classes"], moved)
+    for name in os.listdir(os.path.join(moved, "train")):
+        os.utime(os.path.join(moved, "train", name), (HOUR, HOUR))
+    for number in range(3):
+        one = index.Index(str(tmp_path / "cache"), say=said.append, made=True)
+        dataset = build_dataset(True, "IMNET", moved, None, index=one)
+        one.keep()
+        if number == 1:
+            said[:] = [line for line in said if "train" in line]
+            assert said == [] and len(dataset) == 49
+            top = os.path.join(moved, "train", "digit0.tar")
+            pack(top, [("only.png", dataset_file(forms["folder"]))])
+    assert len(dataset) == 38 and sum("digit0.tar has changed" in line for line in said) == 1
+
+
+def dataset_file(root):
+    dataset = build_dataset(False, "IMNET", root, None)
+    return dataset.path(0)
+
+
+def test_the_command_line_of_the_tool(folder, tmp_path):
+    run = [sys.executable, "-m", "runtime.pictures.shards"]
+    code, out, err = commands.run(run + [folder, tmp_path / "out"])
+    assert code == 0 and "49 pictures in 1 shards" in out and "Train with --data-path" in out, err
+    (tmp_path / "empty").mkdir()
+    code, _, err = commands.run(run + [tmp_path / "empty", tmp_path / "out"])
+    assert code == 2 and err.count("\n") == 1 and "has neither a folder 'train' nor 'val'" in err
+
+
+# ------------------------------------------------------------------------------------------------- others' archives
+
+def shard(tmp_path, files, classes="cat\ndog\n"):
+    """A data set whose train/ and val/ have one shard of these files."""
+    for part in ("train", "val"):
+        os.makedirs(str(tmp_path / "data" / part), exist_ok=True)
+        pack(tmp_path / "data" / part / "shard-000000.tar", files)
+    if classes is not None:
+        (tmp_path / "data" / "classes.txt").write_text(classes)
+    return str(tmp_path / "data")
+
+
+def test_somebody_elses_shards_keep_their_order_and_names(forms, tmp_path):
+    png = dataset_file(forms["folder"])
+    root = shard(tmp_path, [("b.cls", b"1\n"), ("b.png", png), ("b.json", b"{}"), ("a.png", png), ("a.cls", b"0"),
+                            ("c.seg.png", png), ("c.cls", b"1")])
+    dataset = build_dataset(True, "IMNET", root, None)
+    assert dataset.classes == ["cat", "dog"] and dataset.labels.tolist() == [1, 0, 1]
+    assert [os.path.basename(dataset.names[i]) for i in range(3)] == ["b.png", "a.png", "c.seg.png"]
+    assert dict(dataset.left_out) == {".json": 1}
+
+
+@pytest.mark.parametrize("files, classes, sentence", [
+    ([("a.png", None)], "cat\ndog\n", "hold no picture|class folders of train and val differ|archives in"),
+    ([("a.png", None), ("a.cls", b"0"), ("b.cls", b"1")], "cat\ndog\n", "the sample b has no picture"),
+    ([("a.png", None), ("a.cls", b"0"), ("b.png", None)], "cat\ndog\n", "the sample b has no .cls file"),
+    ([("a.png", None), ("a.jpg", None), ("a.cls", b"0")], "cat\ndog\n", "the sample a has two pictures"),
+    ([("a.png", None), ("a.cls", b"2")], "cat\ndog\n", "is '2', which is no number from 0 to 1"),
+    ([("a.png", None), ("a.cls", b"cat")], "cat\ndog\n", "is 'cat', which is no number"),
+    ([("a.png", None), ("a.cls", b"0")], "cat\ndog\n", "hold no picture of the class 'dog'"),
+    ([("a.png", None), ("a.cls", b"0")], None, "write the names, one a line, to .*classes.txt"),
+    ([("a.tar", b""), ("b.png", None)], None, "holds archives and other files"),
+    ([], None, "is empty")])
+def test_shards_that_do_not_make_sense_are_refused_in_one_sentence(files, classes, sentence, forms, tmp_path):
+    png = dataset_file(forms["folder"])
+    root = shard(tmp_path, [(name, png if content is None else content) for name, content in files], classes)
+    if files == [("a.png", None)]:  # an archive of one class: with another one it is a data set
+        assert build_dataset(True, "IMNET", root, None).classes == ["shard-000000"]
+        return
+    with pytest.raises(UserError, match=sentence) as error:
+        build_dataset(True, "IMNET", root, None)
+    assert "\n" not in str(error.value)
+
+
+def test_archives_that_are_cut_off_damaged_or_mixed_are_refused(forms, tmp_path):
+    for form in FORMS:
+        root = str(tmp_path / form)
+        shutil.copytree(forms[form], root)
+        top = os.path.join(root, "train")
+        path = os.path.join(top, sorted(os.listdir(top))[-1])
+        with open(path, "rb") as f:
+            good = f.read()
+        headers = [info.offset for info in tarfile.open(path)]
+        for content in (good[:headers[-1] + 700], good[:headers[-1]], good[:headers[1]] + b"\0x" + good[headers[1] + 2:]
+                        if len(headers) > 1 else good[:900], b"", b"no archive" * 200):
+            with open(path, "wb") as f:
+                f.write(content)
+            with pytest.raises(UserError, match="--data-path: .*(cut off or damaged|cannot be read|is empty)"):
+                build_dataset(True, "IMNET", root, None)
+        with open(path, "wb") as f:
+            f.write(good)
+        os.mkdir(os.path.join(top, "digit0"))
+        with pytest.raises(UserError, match="holds class folders .* and archives"):
+            build_dataset(True, "IMNET", root, None)
+    link = tarfile.TarInfo("x.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "y.png"
+    with tarfile.open(str(tmp_path / "link.tar"), "w") as archive:
+        archive.addfile(link)
+    with pytest.raises(UserError, match="x.png is a link"):
+        list(archives.members(str(tmp_path / "link.tar")))
+    shutil.copy(os.path.join(forms["shards"], "train", "shard-000000.tar"), os.path.join(tmp_path, "classes", "train"))
+    os.rmdir(os.path.join(str(tmp_path), "classes", "train", "digit0"))
+    with pytest.raises(UserError, match="is a shard with labels and .* is none"):
+        build_dataset(True, "IMNET", str(tmp_path / "classes"), None)
+
+
+def test_pictures_lie_beyond_8_gib_in_a_large_archive(forms, tmp_path):
+    """There tar writes sizes in another form; the file is sparse."""
+    png, top = dataset_file(forms["folder"]), tmp_path / "data" / "val"
+    os.makedirs(str(top))
+    pack(top / "a.tar", [("x.png", png)])
+    small = (top / "a.tar").read_bytes()
+    large = tarfile.TarInfo("large.bin")
+    large.size = 9 * 2 ** 30
+    with open(str(top / "b.tar"), "wb") as f:
+        f.write(large.tobuf(tarfile.GNU_FORMAT))
+        f.seek(large.size, os.SEEK_CUR)
+        f.write(small)
+    dataset = build_dataset(False, "IMNET", str(tmp_path / "data"), None)
+    assert dataset.labels.tolist() == [0, 1] and dataset.source(1).offset > 2 ** 33
+    assert np.array_equal(np.asarray(dataset[0][0]), np.asarray(dataset[1][0]))
