@@ -39,7 +39,7 @@ class TrainingState:
         self.mode = None
         self.max_accuracy = -1.0  # so that the first epoch is the best so far, whatever it reaches
         self.log = []
-        self.writes = learner.machine.world.is_main  # whether this process writes the run's files (output.opened)
+        self.writes = True  # whether this process writes the run's files; output.opened says so where it has others
 
     # ------------------------------------------------------------------------------------------------- saving
 
