@@ -1,19 +1,20 @@
 """The NPU's path, on a stand-in: a device that PyTorch dispatches to under the name npu (npu_double/).
 
-The stand-in needs the current line's device extension points, a C++ compiler and ninja.
+The stand-in needs the device extension points of PyTorch 2.1 and newer, a C++ compiler and ninja.
 """
 import functools
 import json
 import os
-import re
 import shutil
-import subprocess
 import sys
 
 import commands
 import pytest
 import torch
+import torch_npu_wheel
 from torch_npu_wheel import base
+
+from evo_vit import compat
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 DOUBLE = os.path.join(HERE, "npu_double")
@@ -47,6 +48,12 @@ def on_cpu():
     return steps("cpu", "none", "-", "-")
 
 
+def listed_operators(version):
+    """Names of the operators that torch_npu `version` supports, taken from its wheel."""
+    with open(os.path.join(HERE, "data", "torch_npu_{}_operators.txt".format(version))) as f:
+        return set(f.read().split())
+
+
 def total(norms):
     return sum(norm ** 2 for norm in norms.values()) ** 0.5
 
@@ -69,8 +76,7 @@ def test_steps_on_the_npu_equal_those_on_the_cpu(on_cpu):
 
 
 def test_a_step_reads_only_the_loss_and_uses_only_operators_that_torch_npu_supports():
-    with open(os.path.join(HERE, "data", "torch_npu_2.13.0_operators.txt")) as f:
-        supported = set(f.read().split())
+    supported = listed_operators({(2, 1): "2.1.0", (2, 5): "2.5.1"}.get(compat.TORCH, "2.13.0"))
     assert len(supported) > 400
     for arguments, allowed in ((("none", "-", "-"), 1), (("native", "O1", "-"), 1), (("native", "O1", "dynamic"), 2),
                                (("apex", "O1", "-"), 1)):
@@ -227,64 +233,29 @@ def test_torch_npu_that_does_not_load_is_named_once(digit_folder, tmp_path):
     assert "libhccl" not in commands.succeed("--device", "cpu", *flags, small=SMALL, env=env)
 
 
-def wheel_text(folder):
-    """A reader of files of the torch_npu 2.13.0 wheel, downloaded to `folder`."""
-    import zipfile
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder),
-                    "torch_npu==2.13.0"], check=True, timeout=900)
-    wheel = zipfile.ZipFile(str(next(folder.glob("torch_npu-2.13.0-*.whl"))))
-    return wheel, lambda path: wheel.read(path).decode()
+@pytest.mark.slow
+@pytest.mark.once
+@pytest.mark.parametrize("version, python", torch_npu_wheel.WHEELS)
+def test_the_names_that_are_used_of_torch_npu_stand_in_its_wheels(version, python, tmp_path):
+    wheel, read = torch_npu_wheel.download(tmp_path, version, python)
+    assert torch_npu_wheel.missing(wheel, read) == []
+    operators = torch_npu_wheel.supported_operators(read)
+    assert listed_operators(version.rstrip(".*")) == operators if version in ("2.1.0.*", "2.5.1.*", "2.13.0") else (
+        listed_operators("2.5.1") & listed_operators("2.13.0") <= operators)
 
 
 @pytest.mark.slow
 def test_the_real_torch_npu_without_a_toolkit(digit_folder, tmp_path):
-    """The names that runtime/ uses stand in the wheel's source, with the signatures used; the wheel unpacked beside
-    PyTorch leaves the CPU usable, is named where it is not used, and refused where it is asked for."""
-    import ast
-    wheel, read = wheel_text(tmp_path)
-    with open(os.path.join(HERE, "data", "torch_npu_2.13.0_operators.txt")) as f:
-        from torch_npu_wheel import supported_operators
-        assert set(f.read().split()) == supported_operators(read)
-
-    def definition(path, name):
-        found = [node for node in ast.walk(ast.parse(read(path))) if getattr(node, "name", None) == name]
-        assert found, (path, name)
-        return found[0]
-
-    def arguments(path, name, method=None):
-        node = definition(path, name)
-        if method:
-            node = [n for n in node.body if getattr(n, "name", None) == method][0]
-        return [a.arg for a in node.args.args]
-
-    exported = read("torch_npu/npu/__init__.py")
-    for name in ("is_available", "device_count", "set_device", "set_option", "synchronize", "max_memory_allocated"):
-        assert '"{}"'.format(name) in exported, name
-    assert arguments("torch_npu/npu/utils.py", "set_device") == ["device"]
-    assert arguments("torch_npu/npu/utils.py", "synchronize") == ["device"]
-    assert arguments("torch_npu/npu/memory.py", "max_memory_allocated") == ["device"]
-    assert arguments("torch_npu/npu/random.py", "manual_seed_all") == ["seed"]
-    assert "from torch_npu.npu.amp" in read("torch_npu/_init/core/_exports.py")  # which makes torch.npu.amp
-    assert {"autocast", "GradScaler"} <= set(re.findall(r"\w+", read("torch_npu/npu/amp/__init__.py")))
-    assert arguments("torch_npu/npu/npu_config.py", "set_option") == ["option"]
-    for option in ("ACL_OP_COMPILER_CACHE_MODE", "ACL_OP_COMPILER_CACHE_DIR"):
-        assert option in read("torch_npu/npu/npu_config.py")
-    assert {"init_scale", "dynamic"} <= set(arguments("torch_npu/npu/amp/grad_scaler.py", "GradScaler", "__init__"))
-    for name in ("scale", "unscale_", "step", "update", "state_dict", "load_state_dict"):
-        assert arguments("torch_npu/npu/amp/grad_scaler.py", "GradScaler", name)
-    assert arguments("torch_npu/npu/amp/autocast_mode.py", "autocast", "__init__")[1:] == [
-        "enabled", "dtype", "cache_enabled"]
-    adamw = arguments("torch_npu/optim/npu_fused_adamw.py", "NpuFusedAdamW", "__init__")
-    assert adamw[1:] == ["params", "lr", "betas", "eps", "weight_decay", "amsgrad"]
-    assert "is_fused_optimizer = True" in read("torch_npu/optim/npu_fused_optim_base.py")
-    assert "from .npu_fused_adamw import NpuFusedAdamW" in read("torch_npu/optim/__init__.py")
-    assert '"hccl"' in read("torch_npu/_init/registry/distributed.py")
-
+    """The wheel unpacked beside PyTorch leaves the CPU usable, is named where it is not used, and refused where it is
+    asked for."""
+    version, python = next(w for w in torch_npu_wheel.WHEELS if w[0].startswith("{}.{}.".format(*compat.TORCH)))
+    wheel, _ = torch_npu_wheel.download(tmp_path, version, python)
     venv = tmp_path / "site"
     wheel.extractall(str(venv))
     env = {"PYTHONPATH": str(venv)}
     code, _, err = commands.run([sys.executable, "-c", "import torch"], env=env)
-    assert code != 0 and "torch_npu" in err, "the wheel's auto-loading no longer makes `import torch` fail"
+    if compat.TORCH >= (2, 5):
+        assert code != 0 and "torch_npu" in err, "the wheel's auto-loading no longer makes `import torch` fail"
     flags = ["--distillation-type", "none", "--epochs", 1, "--max-steps", 1, "--data_path", digit_folder,
         "--output_dir", tmp_path / "save"]
     for device in ("cpu", "auto"):

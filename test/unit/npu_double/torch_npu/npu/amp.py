@@ -1,6 +1,22 @@
 """torch.npu.amp: autocast and the gradient scaler, with torch_npu's `dynamic` switch."""
 import torch
-from torch.amp.grad_scaler import OptState
+
+try:
+    from torch.amp.grad_scaler import GradScaler as _GradScaler
+    from torch.amp.grad_scaler import OptState
+except ImportError:  # torch 2.1 has a scaler for CUDA alone
+    from torch.cuda.amp import grad_scaler
+    from torch.cuda.amp.grad_scaler import OptState
+
+    class _GradScaler(grad_scaler.GradScaler):
+        def __init__(self, device, *arguments):
+            grad_scaler.amp_definitely_not_available = lambda: False
+            super().__init__(*arguments)
+
+        def scale(self, outputs):
+            if self._scale is None:
+                self._lazy_init_scale_growth_tracker(outputs.device)
+            return outputs * self._scale
 
 
 class autocast(torch.autocast):
@@ -8,7 +24,7 @@ class autocast(torch.autocast):
         super().__init__("npu", enabled=enabled, dtype=dtype, cache_enabled=cache_enabled)
 
 
-class GradScaler(torch.amp.GradScaler):
+class GradScaler(_GradScaler):
     """With `dynamic=False` the scale stays, gradients are not checked and no step is skipped, as in torch_npu.
 
     An optimizer that has fused its gradients is unscaled through the fused buffers alone.
