@@ -21,6 +21,10 @@ DOUBLE = os.path.join(HERE, "npu_double")
 pytestmark = pytest.mark.skipif(not hasattr(torch.utils, "rename_privateuse1_backend"),
                                 reason="this PyTorch has no extension points for a device of another package")
 
+# the stand-in computes by PyTorch's CPU kernels
+FP16 = compat.TORCH >= (2, 5)
+needs_fp16 = pytest.mark.skipif(not FP16, reason="this PyTorch's CPU kernels, which the stand-in runs, know no fp16")
+
 
 def with_double(cards=1):
     """Environment in which torch_npu and apex are the stand-ins, with so many cards."""
@@ -79,7 +83,7 @@ def test_a_step_reads_only_the_loss_and_uses_only_operators_that_torch_npu_suppo
     supported = listed_operators({(2, 1): "2.1.0", (2, 5): "2.5.1"}.get(compat.TORCH, "2.13.0"))
     assert len(supported) > 400
     for arguments, allowed in ((("none", "-", "-"), 1), (("native", "O1", "-"), 1), (("native", "O1", "dynamic"), 2),
-                               (("apex", "O1", "-"), 1)):
+                               (("apex", "O1", "-"), 1))[:None if FP16 else 1]:
         report = steps("npu", *arguments)
         print(arguments, "waits per step", report["syncs"], "operators:",
               " ".join(sorted(map(base, report["operators"]))))
@@ -100,6 +104,7 @@ def test_a_fused_optimizer_trains_the_tradeoffs_that_get_their_first_gradient_la
     assert moved(npu, 0, 2) == moved(on_cpu, 0, 2) == set()
 
 
+@needs_fp16
 @pytest.mark.parametrize("arguments, name, tolerance", [
     pytest.param(("native", "O1", "128"), "fp16 mixed (native O1, loss scale 128.0)", 5e-3, marks=pytest.mark.slow),
     (("apex", "O1", "128"), "fp16 mixed (apex O1, loss scale 128.0)", 5e-3),
@@ -124,6 +129,7 @@ def test_bf16_on_the_cpu_agrees_with_float32_within_rounding(on_cpu):
         assert 0 < abs(ours / theirs - 1) < 3e-2
 
 
+@needs_fp16
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["native", "apex"])
 def test_an_overflow_is_skipped_and_the_scale_halved(backend):
@@ -147,6 +153,7 @@ def test_the_scale_grows_again_after_steps_without_an_overflow():
     assert json.loads(out) == [1, 0.5, 0.5, 1, 1, 2]
 
 
+@needs_fp16
 def test_apex_is_called_as_ascend_documents_it():
     report = steps("npu", "auto", "-", "-")
     assert report["precision"].startswith("fp16 mixed (apex O1, loss scale 128")
@@ -170,6 +177,7 @@ def test_the_double_refuses_what_a_card_refuses():
 SMALL = ["--num_workers", "1", "--input-size", "64", "--batch-size", "32", "--model", "EvoLeViT_128S"]
 
 
+@needs_fp16
 @pytest.mark.slow
 def test_main_trains_resumes_and_evaluates_on_the_npu(digit_folder, teacher, tmp_path):
     out = tmp_path / "save"
@@ -193,6 +201,7 @@ def test_main_trains_resumes_and_evaluates_on_the_npu(digit_folder, teacher, tmp
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
+@needs_fp16
 @pytest.mark.slow
 def test_two_processes_train_over_hccl_and_stay_identical(digit_folder, tmp_path):
     script = ("import sys, torch, main\nmodel = main.main(sys.argv[2:])\nimport os; torch.save({k: p.detach().cpu() "
