@@ -16,7 +16,7 @@ import PIL  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from .lines import LINES  # noqa: E402
+from .lines import LINES, combinations  # noqa: E402
 
 __all__ = ["Hardswish", "LINES", "TORCH", "create_model", "feature_extractor", "get_pretrained_cfg_value",
            "is_exported", "is_traced", "register_model", "trunc_normal_", "untested_notice", "versions"]
@@ -41,9 +41,9 @@ def _check_before_import():
 
 
 def _wanted(package):
-    """What the tested line nearest to the installed PyTorch wants of `package`."""
-    at_most = [line for line in LINES.values() if _numbers(line.torch) <= _numbers(torch.__version__)]
-    return (at_most or list(LINES.values()))[-1 if at_most else 0].accepted[package]
+    """What the tested combination nearest to the installed PyTorch wants of `package`."""
+    at_most = [c for c in combinations() if _numbers(c["torch"]) <= _numbers(torch.__version__)]
+    return (at_most or combinations())[-1 if at_most else 0][package]
 
 
 _check_before_import()
@@ -96,9 +96,9 @@ def untested_notice():
     """One sentence where torch, torchvision and timm are not together those of a tested line, else None."""
     installed = versions()
     packages = ("torch", "torchvision", "timm")
-    lines = [line.accepted for line in LINES.values()]
-    if any(all(_numbers(installed[p]) == _numbers(line[p]) for p in packages) for line in lines):
+    if any(all(_numbers(installed[p]) == _numbers(c[p]) for p in packages) for c in combinations()):
         return None
+    lines = [line.accepted[0] for line in LINES.values()]
     return "torch {torch}, torchvision {torchvision} and timm {timm} are no tested combination; tested are {}".format(
         "; ".join(", ".join(p + line[p] for p in packages) for line in lines), **installed)
 

@@ -217,7 +217,7 @@ class EvoDeiT(EvoModel):
         """Runs `blocks` on every token of x (B, 1 + N, C), with score (B, N)."""
         for i in blocks:
             x, score = self._block(i, x, score)
-        return x, TokenState(score)
+        return x, TokenState(score, None)
 
     def _evolve(self, blocks, x, score):
         """Runs `blocks` on the tokens of x (B, 1 + N, C) with the best score (B, N); the others wait in place."""
@@ -235,7 +235,7 @@ class EvoDeiT(EvoModel):
         self.check_images(x)
         x = self.patch_embed(x)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed
-        state, stages = TokenState(None), []
+        state, stages = TokenState(None, None), []
         num_full = self.full_blocks if self.token_selection and self.keep_ratio < 1 else len(self.blocks)
         for stage in self.stages:
             full, evolving = [i for i in stage if i < num_full], [i for i in stage if i >= num_full]

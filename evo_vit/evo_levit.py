@@ -146,7 +146,7 @@ class AttentionSubsample(_ClassAttention):
         """x (B, 1 + N, C_in) -> (B, 1 + N', C_out), with scores of unchanged sum."""
         x = x + self.poss
         B, T, _ = x.shape
-        subsample, project_q = self.q
+        subsample, project_q = self.q[0], self.q[1]  # which torch 2.1's compiler cannot unpack
         kv = self.kv(x).view(B, T, self.num_heads, -1).transpose(1, 2)
         k, v = kv.split([self.key_dim, self.value_dim], dim=3)  # (B, heads, T, key), (B, heads, T, value)
         q = project_q(torch.cat((x[:, :1], subsample(x[:, 1:])), dim=1))
@@ -156,7 +156,7 @@ class AttentionSubsample(_ClassAttention):
         score, class_attn = subsample(torch.stack((state.score, class_attn.mean(dim=1)[:, 1:]), dim=-1)).unbind(-1)
         score = self.blend(score, class_attn, mode.learned)
         score = score * (state.score.sum(dim=1, keepdim=True) / score.sum(dim=1, keepdim=True))
-        return self.proj(x.transpose(1, 2).reshape(B, q.shape[2], -1)), TokenState(score)
+        return self.proj(x.transpose(1, 2).reshape(B, q.shape[2], -1)), TokenState(score, None)
 
 
 # --------------------------------------------------------------------------------------------- blocks
@@ -348,7 +348,7 @@ class EvoLeViT(EvoModel):
         mode = Mode(self.token_selection, self.learn_tradeoff)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, N, C)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1) + self.poss
-        state, stages = TokenState(None), []
+        state, stages = TokenState(None, None), []
         for block in (self.stage_blocks if self.stage_wise else self.blocks):
             if isinstance(block, AttentionSubsample):
                 stages.append((x, state))

@@ -1,4 +1,5 @@
-"""The tested version lines, in one table: what evo_vit/compat.py checks, test/venv.sh installs and the README lists.
+"""The tested version lines, in one table, and the combinations that were tried once by hand: what evo_vit/compat.py
+checks, test/venv.sh installs and the README lists.
 
 `python evo_vit/lines.py LINE` prints a line for the shell, without LINE the names of all; it needs nothing but Python.
 """
@@ -8,9 +9,9 @@ from collections import OrderedDict
 
 class Line(object):
     """A row of the table. torch: what the tests install; on a server PyTorch comes from its vendor. The other versions
-    are in pip's words, as in the requirements file."""
+    are in pip's words, as in the requirements file. also: (torch, torchvision) that go with the rest as well."""
 
-    def __init__(self, pythons, torch, torchvision, timm, pillow, numpy, requirements):
+    def __init__(self, pythons, torch, torchvision, timm, pillow, numpy, requirements, also=()):
         self.pythons = pythons  # accepted interpreters, best first
         self.torch = torch
         self.torchvision = torchvision
@@ -18,13 +19,18 @@ class Line(object):
         self.pillow = pillow
         self.numpy = numpy
         self.requirements = requirements
+        self.also = also
+
+    def beside(self, torch, torchvision):
+        """{package: versions} of the line with another PyTorch, all its patch releases, and torchvision."""
+        first, second = torch.split(".")[:2]
+        return {"torch": "=={}.{}.*".format(first, second), "torchvision": torchvision, "timm": self.timm,
+                "pillow": self.pillow, "numpy": self.numpy}
 
     @property
     def accepted(self):
-        """{package: versions} of the line, every patch release of its PyTorch among them."""
-        first, second = self.torch.split(".")[:2]
-        return {"torch": "=={}.{}.*".format(first, second), "torchvision": self.torchvision, "timm": self.timm,
-                "pillow": self.pillow, "numpy": self.numpy}
+        """[{package: versions}] of the line, its own PyTorch first."""
+        return [self.beside(*pair) for pair in ((self.torch, self.torchvision),) + tuple(self.also)]
 
 
 LINES = OrderedDict([
@@ -36,9 +42,23 @@ LINES = OrderedDict([
                  "2.5_requirements.txt")),
     ("2.7", Line("3.10 3.11 3.9", "2.7.1", "==0.22.1", ">=1.0.20,<1.1", ">=9.1,<12", ">=1.22,<2",
                  "2.7_requirements.txt")),
+    # beside 2.14.1 only Evo-LeViT's logits, loss and gradients were held to the published ones (2026-11-25)
     ("current", Line("3.11 3.12 3.13 3.10", "2.13.0", "==0.28.0", ">=1.0.31,<1.1", ">=10,<13", ">=1.26,<3",
-                     "requirements.txt")),
+                     "requirements.txt", also=[("2.14.1", "==0.29.*")])),
 ])
+
+# Combinations that no test command installs, tried once on a CPU: the models and their gradients against the published
+# numbers, the number of graphs they compile into, a training by main.py and the evaluation of a published-style
+# checkpoint, all passed. Each: PyTorch, torchvision, the line whose other packages were beside them, the day.
+BY_HAND = [
+]
+
+
+def combinations():
+    """[{package: versions}] of all that is accepted without a warning, by ascending PyTorch."""
+    found = [versions for line in LINES.values() for versions in line.accepted]
+    found += [LINES[line].beside(torch, torchvision) for torch, torchvision, line, _ in BY_HAND]
+    return sorted(found, key=lambda versions: [int(part) for part in versions["torch"].strip("=.*").split(".")])
 
 
 def main(name=None):

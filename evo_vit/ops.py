@@ -80,7 +80,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float):
         return attn @ v, attn[:, :, 0]
     # one row of what the fused kernel hides; tokens are ranked by it, so half precision's coarse steps would make ties
     class_attn = q[:, :, :1] * scale @ k.transpose(-2, -1)
-    class_attn = class_attn.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    # (torch.promote_types would name that type, but break the graph of torch 2.1's compiler)
+    class_attn = class_attn.softmax(dim=-1, dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)
     return _fused_attention(q, k, v, scale=scale), class_attn[:, :, 0]
 
 

@@ -12,9 +12,10 @@ from .ops import top_places
 
 
 class TokenState(NamedTuple):
-    """What travels beside the tokens from block to block. Patch tokens keep their places, row by row in the grid."""
+    """What travels beside the tokens from block to block. Patch tokens keep their places, row by row in the grid.
+    Without a default, which torch 2.1's compiler cannot fill in."""
     score: Optional[torch.Tensor]  # (B, N) global class attention; None before the first attention
-    slow: Optional[torch.Tensor] = None  # (B, K) int64 places of those this stage selected last, best first; else None
+    slow: Optional[torch.Tensor]  # (B, K) int64 places of those this stage selected last, best first; else None
 
 
 class SlowTokens(NamedTuple):

@@ -51,7 +51,8 @@ def _allowed():
     """{(module, name): object} that a checkpoint may name beyond tensors: DeiT's family pickles its arguments and
     NumPy scalars."""
     scalar = np.float64(0).__reduce__()[0]
-    allowed = {("argparse", "Namespace"): argparse.Namespace, ("numpy", "dtype"): np.dtype}
+    allowed = {("argparse", "Namespace"): argparse.Namespace, ("numpy", "dtype"): np.dtype,
+               ("_codecs", "encode"): lambda text, _: text.encode("latin1")}  # a scalar's bytes, in protocol 2
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         allowed[(module, "scalar")] = scalar
     for dtype in (np.float64, np.float32, np.int64, np.int32, np.bool_):

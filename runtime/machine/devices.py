@@ -138,7 +138,8 @@ def start_reading(value):
     module = getattr(torch, value.device.type, None)
     if value.device.type == "cpu" or not hasattr(module, "Event"):
         return value.item
-    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    # pinned once made: torch 2.1 cannot make it pinned for a device of another package
+    host = torch.empty(value.shape, dtype=value.dtype).pin_memory()
     host.copy_(value, non_blocking=True)
     event = module.Event()
     event.record()

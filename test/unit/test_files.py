@@ -24,6 +24,7 @@ from evo_vit import evo_levit
 from runtime.errors import SaveFailed, UserError
 from runtime.keeping import checkpoint as checkpoints
 from runtime.keeping.files import write_whole
+from runtime.keeping.unpickling import load_tensors
 from runtime.learning.models import build_model
 
 TINY = "EvoLeViT_tiny"
@@ -127,6 +128,16 @@ def test_no_mutated_checkpoint_crashes_or_runs_code(count, good, few_digits, tmp
         assert not trap.exists(), kind
     print(kinds, read)
     assert min(kinds.values()) > count // 25 and read < count // 8
+
+
+def test_a_namespace_and_numpy_scalars_are_read_as_the_published_code_writes_them(tmp_path):
+    import argparse
+    path = str(tmp_path / "published.pth")
+    torch.save({"model": {"weight": torch.ones(2)}, "epoch": np.int64(299), "max_accuracy": np.float64(72.5),
+                "args": argparse.Namespace(model="EvoLeViT_128S", lr=np.float32(0.5))}, path)
+    content, unknown = load_tensors(path)
+    assert unknown == set() and content["args"].lr == 0.5
+    assert (content["epoch"], content["max_accuracy"]) == (299, 72.5)
 
 
 def test_a_flipped_bit_in_a_tensor_is_found(good, tmp_path):

@@ -1,21 +1,21 @@
 """The NPU's path, on a stand-in: a device that PyTorch dispatches to under the name npu (npu_double/).
 
-The stand-in needs the current line's device extension points, a C++ compiler and ninja.
+The stand-in needs the device extension points of PyTorch 2.1 and newer, a C++ compiler and ninja.
 """
 import functools
 import json
 import os
-import re
 import shutil
-import subprocess
 import sys
 import types
 
 import commands
 import pytest
 import torch
+import torch_npu_wheel
 from torch_npu_wheel import base
 
+from evo_vit import compat
 from runtime.errors import UserError
 from runtime.machine import compiling
 
@@ -23,6 +23,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 DOUBLE = os.path.join(HERE, "npu_double")
 pytestmark = pytest.mark.skipif(not hasattr(torch.utils, "rename_privateuse1_backend"),
                                 reason="this PyTorch has no extension points for a device of another package")
+
+# the stand-in computes by PyTorch's CPU kernels
+FP16 = compat.TORCH >= (2, 5)
+needs_fp16 = pytest.mark.skipif(not FP16, reason="this PyTorch's CPU kernels, which the stand-in runs, know no fp16")
 
 
 def with_double(cards=1):
@@ -51,6 +55,12 @@ def on_cpu():
     return steps("cpu", "none", "-", "-")
 
 
+def listed_operators(version):
+    """Names of the operators that torch_npu `version` supports, taken from its wheel."""
+    with open(os.path.join(HERE, "data", "torch_npu_{}_operators.txt".format(version))) as f:
+        return set(f.read().split())
+
+
 def total(norms):
     return sum(norm ** 2 for norm in norms.values()) ** 0.5
 
@@ -73,11 +83,10 @@ def test_steps_on_the_npu_equal_those_on_the_cpu(on_cpu):
 
 
 def test_a_step_reads_only_the_loss_and_uses_only_operators_that_torch_npu_supports():
-    with open(os.path.join(HERE, "data", "torch_npu_2.13.0_operators.txt")) as f:
-        supported = set(f.read().split())
+    supported = listed_operators({(2, 1): "2.1.0", (2, 5): "2.5.1"}.get(compat.TORCH, "2.13.0"))
     assert len(supported) > 400
     for arguments, allowed in ((("none", "-", "-"), 1), (("native", "O1", "-"), 1), (("native", "O1", "dynamic"), 2),
-                               (("apex", "O1", "-"), 1)):
+                               (("apex", "O1", "-"), 1))[:None if FP16 else 1]:
         report = steps("npu", *arguments)
         print(arguments, "waits per step", report["syncs"], "operators:",
               " ".join(sorted(map(base, report["operators"]))))
@@ -98,6 +107,7 @@ def test_a_fused_optimizer_trains_the_tradeoffs_that_get_their_first_gradient_la
     assert moved(npu, 0, 2) == moved(on_cpu, 0, 2) == set()
 
 
+@needs_fp16
 @pytest.mark.parametrize("arguments, name, tolerance", [
     pytest.param(("native", "O1", "128"), "fp16 mixed (native O1, loss scale 128.0)", 5e-3, marks=pytest.mark.slow),
     (("apex", "O1", "128"), "fp16 mixed (apex O1, loss scale 128.0)", 5e-3),
@@ -122,6 +132,7 @@ def test_bf16_on_the_cpu_agrees_with_float32_within_rounding(on_cpu):
         assert 0 < abs(ours / theirs - 1) < 3e-2
 
 
+@needs_fp16
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["native", "apex"])
 def test_an_overflow_is_skipped_and_the_scale_halved(backend):
@@ -145,6 +156,7 @@ def test_the_scale_grows_again_after_steps_without_an_overflow():
     assert json.loads(out) == [1, 0.5, 0.5, 1, 1, 2]
 
 
+@needs_fp16
 def test_apex_is_called_as_ascend_documents_it():
     report = steps("npu", "auto", "-", "-")
     assert report["precision"].startswith("fp16 mixed (apex O1, loss scale 128")
@@ -168,6 +180,7 @@ def test_the_double_refuses_what_a_card_refuses():
 SMALL = ["--num_workers", "1", "--input-size", "64", "--batch-size", "32", "--model", "EvoLeViT_128S"]
 
 
+@needs_fp16
 @pytest.mark.slow
 def test_main_trains_resumes_and_evaluates_on_the_npu(digit_folder, teacher, tmp_path):
     out = tmp_path / "save"
@@ -191,6 +204,7 @@ def test_main_trains_resumes_and_evaluates_on_the_npu(digit_folder, teacher, tmp
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
 
 
+@needs_fp16
 @pytest.mark.slow
 def test_two_processes_train_over_hccl_and_stay_identical(digit_folder, tmp_path):
     script = ("import sys, torch, main\nmodel = main.main(sys.argv[2:])\nimport os; torch.save({k: p.detach().cpu() "
@@ -231,64 +245,29 @@ def test_torch_npu_that_does_not_load_is_named_once(digit_folder, tmp_path):
     assert "libhccl" not in commands.succeed("--device", "cpu", *flags, small=SMALL, env=env)
 
 
-def wheel_text(folder):
-    """A reader of files of the torch_npu 2.13.0 wheel, downloaded to `folder`."""
-    import zipfile
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder),
-                    "torch_npu==2.13.0"], check=True, timeout=900)
-    wheel = zipfile.ZipFile(str(next(folder.glob("torch_npu-2.13.0-*.whl"))))
-    return wheel, lambda path: wheel.read(path).decode()
+@pytest.mark.slow
+@pytest.mark.once
+@pytest.mark.parametrize("version, python", torch_npu_wheel.WHEELS)
+def test_the_names_that_are_used_of_torch_npu_stand_in_its_wheels(version, python, tmp_path):
+    wheel, read = torch_npu_wheel.download(tmp_path, version, python)
+    assert torch_npu_wheel.missing(wheel, read) == []
+    operators = torch_npu_wheel.supported_operators(read)
+    assert listed_operators(version.rstrip(".*")) == operators if version in ("2.1.0.*", "2.5.1.*", "2.13.0") else (
+        listed_operators("2.5.1") & listed_operators("2.13.0") <= operators)
 
 
 @pytest.mark.slow
 def test_the_real_torch_npu_without_a_toolkit(digit_folder, tmp_path):
-    """The names that runtime/ uses stand in the wheel's source, with the signatures used; the wheel unpacked beside
-    PyTorch leaves the CPU usable, is named where it is not used, and refused where it is asked for."""
-    import ast
-    wheel, read = wheel_text(tmp_path)
-    with open(os.path.join(HERE, "data", "torch_npu_2.13.0_operators.txt")) as f:
-        from torch_npu_wheel import supported_operators
-        assert set(f.read().split()) == supported_operators(read)
-
-    def definition(path, name):
-        found = [node for node in ast.walk(ast.parse(read(path))) if getattr(node, "name", None) == name]
-        assert found, (path, name)
-        return found[0]
-
-    def arguments(path, name, method=None):
-        node = definition(path, name)
-        if method:
-            node = [n for n in node.body if getattr(n, "name", None) == method][0]
-        return [a.arg for a in node.args.args]
-
-    exported = read("torch_npu/npu/__init__.py")
-    for name in ("is_available", "device_count", "set_device", "set_option", "synchronize", "max_memory_allocated"):
-        assert '"{}"'.format(name) in exported, name
-    assert arguments("torch_npu/npu/utils.py", "set_device") == ["device"]
-    assert arguments("torch_npu/npu/utils.py", "synchronize") == ["device"]
-    assert arguments("torch_npu/npu/memory.py", "max_memory_allocated") == ["device"]
-    assert arguments("torch_npu/npu/random.py", "manual_seed_all") == ["seed"]
-    assert "from torch_npu.npu.amp" in read("torch_npu/_init/core/_exports.py")  # which makes torch.npu.amp
-    assert {"autocast", "GradScaler"} <= set(re.findall(r"\w+", read("torch_npu/npu/amp/__init__.py")))
-    assert arguments("torch_npu/npu/npu_config.py", "set_option") == ["option"]
-    for option in ("ACL_OP_COMPILER_CACHE_MODE", "ACL_OP_COMPILER_CACHE_DIR"):
-        assert option in read("torch_npu/npu/npu_config.py")
-    assert {"init_scale", "dynamic"} <= set(arguments("torch_npu/npu/amp/grad_scaler.py", "GradScaler", "__init__"))
-    for name in ("scale", "unscale_", "step", "update", "state_dict", "load_state_dict"):
-        assert arguments("torch_npu/npu/amp/grad_scaler.py", "GradScaler", name)
-    assert arguments("torch_npu/npu/amp/autocast_mode.py", "autocast", "__init__")[1:] == [
-        "enabled", "dtype", "cache_enabled"]
-    adamw = arguments("torch_npu/optim/npu_fused_adamw.py", "NpuFusedAdamW", "__init__")
-    assert adamw[1:] == ["params", "lr", "betas", "eps", "weight_decay", "amsgrad"]
-    assert "is_fused_optimizer = True" in read("torch_npu/optim/npu_fused_optim_base.py")
-    assert "from .npu_fused_adamw import NpuFusedAdamW" in read("torch_npu/optim/__init__.py")
-    assert '"hccl"' in read("torch_npu/_init/registry/distributed.py")
-
+    """The wheel unpacked beside PyTorch leaves the CPU usable, is named where it is not used, and refused where it is
+    asked for."""
+    version, python = next(w for w in torch_npu_wheel.WHEELS if w[0].startswith("{}.{}.".format(*compat.TORCH)))
+    wheel, _ = torch_npu_wheel.download(tmp_path, version, python)
     venv = tmp_path / "site"
     wheel.extractall(str(venv))
     env = {"PYTHONPATH": str(venv)}
     code, _, err = commands.run([sys.executable, "-c", "import torch"], env=env)
-    assert code != 0 and "torch_npu" in err, "the wheel's auto-loading no longer makes `import torch` fail"
+    if compat.TORCH >= (2, 5):
+        assert code != 0 and "torch_npu" in err, "the wheel's auto-loading no longer makes `import torch` fail"
     flags = ["--distillation-type", "none", "--epochs", 1, "--max-steps", 1, "--data_path", digit_folder,
         "--output_dir", tmp_path / "save"]
     for device in ("cpu", "auto"):

@@ -39,9 +39,13 @@ def initialize(models, optimizers=None, enabled=True, opt_level="O1", loss_scale
         raise RuntimeError("combine_grad needs one of apex.optimizers.NpuFused*")
     _state["scaler"] = _Scaler("dynamic" if loss_scale is None else loss_scale)
     if opt_level == "O1":
-        torch.set_autocast_dtype("npu", torch.float16)
         torch.set_autocast_cache_enabled(False)
-        torch.set_autocast_enabled("npu", True)
+        if hasattr(torch, "set_autocast_dtype"):
+            torch.set_autocast_dtype("npu", torch.float16)
+            torch.set_autocast_enabled("npu", True)
+        else:  # torch 2.1
+            torch.npu.set_autocast_dtype(torch.float16)
+            torch.npu.set_autocast_enabled(True)
     elif opt_level == "O2":
         masters = {}
         for model in models if isinstance(models, list) else [models]:

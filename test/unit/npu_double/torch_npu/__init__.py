@@ -3,10 +3,14 @@
 It offers the names that runtime/ uses of the real package, with their documented behaviour. What only the double has
 is in `torch_npu.double`: counts of operators, copies and waits.
 """
+import contextlib
+import io
 import os
 
 import torch
-import torch.utils.cpp_extension
+
+with contextlib.redirect_stderr(io.StringIO()):  # a CUDA build of PyTorch misses a card there
+    import torch.utils.cpp_extension
 
 torch.utils.rename_privateuse1_backend("npu")
 double = torch.utils.cpp_extension.load(

@@ -12,6 +12,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/extension.h>
+#include <torch/version.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -19,7 +20,19 @@
 #include <mutex>
 #include <set>
 
+// The lines of PyTorch differ in what an allocator, a guard and the hooks have to offer: what stands here without
+// `override`, or twice, const and not, is asked for by some of them alone. The rest of it:
+#define TORCH_AT_LEAST(minor) (TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= minor)
+
 namespace {
+
+#if TORCH_AT_LEAST(5)
+using std::nullopt;
+template <class T> using optional = std::optional<T>;
+#else
+using c10::nullopt;
+template <class T> using optional = c10::optional<T>;
+#endif
 
 constexpr auto NPU = c10::DeviceType::PrivateUse1;
 
@@ -63,7 +76,8 @@ c10::DataPtr hand_out(Block* block, void* data, c10::Device device) {
 }
 
 struct NpuAllocator final : c10::Allocator {
-  c10::DataPtr allocate(size_t size) override {
+  c10::DataPtr allocate(size_t size) { return std::as_const(*this).allocate(size); }
+  c10::DataPtr allocate(size_t size) const {
     c10::Device device(NPU, current);
     if (size == 0) {
       return {nullptr, device};
@@ -72,7 +86,7 @@ struct NpuAllocator final : c10::Allocator {
     TORCH_CHECK(posix_memalign(&memory, 64, size) == 0, "npu out of memory");
     return hand_out(new Block{memory, {}, size}, memory, device);
   }
-  void copy_data(void* target, const void* source, size_t size) const override {
+  void copy_data(void* target, const void* source, size_t size) const {
     std::memcpy(target, source, size);
   }
 };
@@ -82,7 +96,8 @@ REGISTER_ALLOCATOR(NPU, &allocator);
 std::set<const void*> pinned;
 
 struct PinnedAllocator final : c10::Allocator {
-  c10::DataPtr allocate(size_t size) override {
+  c10::DataPtr allocate(size_t size) { return std::as_const(*this).allocate(size); }
+  c10::DataPtr allocate(size_t size) const {
     void* memory = std::malloc(size ? size : 1);
     std::lock_guard<std::mutex> lock(mutex);
     pinned.insert(memory);
@@ -93,7 +108,7 @@ struct PinnedAllocator final : c10::Allocator {
     };
     return {memory, memory, release, c10::Device(c10::kCPU)};
   }
-  void copy_data(void* target, const void* source, size_t size) const override {
+  void copy_data(void* target, const void* source, size_t size) const {
     std::memcpy(target, source, size);
   }
 };
@@ -116,11 +131,11 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     current = device.index();
   }
   void uncheckedSetDevice(c10::Device device) const noexcept override { current = device.index(); }
-  c10::Stream getStream(c10::Device device) const override { return c10::Stream(c10::Stream::DEFAULT, device); }
+  c10::Stream getStream(c10::Device device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, device); }
   c10::Stream getDefaultStream(c10::Device device) const override { return getStream(device); }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override { return getStream(device); }
-  c10::Stream getNewStream(c10::Device device, int) const override { return getStream(device); }
-  c10::Stream exchangeStream(c10::Stream stream) const override { return getStream(stream.device()); }
+  c10::Stream getNewStream(c10::Device device, int) const { return getStream(device); }
+  c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return getStream(stream.device()); }
   c10::DeviceIndex deviceCount() const noexcept override { return device_count(); }
   void record(void** event, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {
     *event = const_cast<Guard*>(this);
@@ -130,40 +145,44 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void destroyEvent(void*, const c10::DeviceIndex) const noexcept override {}
   bool queryStream(const c10::Stream&) const override { return true; }
   void synchronizeStream(const c10::Stream&) const override { ++syncs; }
-  void synchronizeEvent(void*) const override { ++syncs; }
-  void synchronizeDevice(const c10::DeviceIndex) const override { ++syncs; }
+  void synchronizeEvent(void*) const { ++syncs; }
+  void synchronizeDevice(const c10::DeviceIndex) const { ++syncs; }
   void recordDataPtrOnStream(const c10::DataPtr&, const c10::Stream&) const override {}
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
 struct Hooks final : at::PrivateUse1HooksInterface {
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return device_count() > 0; }
-  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
-  c10::DeviceIndex deviceCount() const override { return device_count(); }
-  void setCurrentDevice(c10::DeviceIndex device) const override { current = device; }
-  c10::DeviceIndex getCurrentDevice() const override { return current; }
-  c10::DeviceIndex exchangeDevice(c10::DeviceIndex device) const override { return std::exchange(current, device); }
-  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex device) const override { return exchangeDevice(device); }
-  at::Device getDeviceFromPtr(void*) const override { return {NPU, current}; }
-  bool isPinnedPtr(const void* data) const override {
+  bool isBuilt() const { return true; }
+  bool isAvailable() const { return device_count() > 0; }
+  bool hasPrimaryContext(c10::DeviceIndex) const { return true; }
+  c10::DeviceIndex deviceCount() const { return device_count(); }
+  void setCurrentDevice(c10::DeviceIndex device) const { current = device; }
+  c10::DeviceIndex getCurrentDevice() const { return current; }
+  c10::DeviceIndex exchangeDevice(c10::DeviceIndex device) const { return std::exchange(current, device); }
+  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex device) const { return exchangeDevice(device); }
+  at::Device getDeviceFromPtr(void*) const { return {NPU, current}; }
+  bool isPinnedPtr(const void* data) const {
     std::lock_guard<std::mutex> lock(mutex);
     return pinned.count(data) > 0;
   }
-  c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const override {
+  c10::Allocator* getPinnedMemoryAllocator() const { return &pinned_allocator; }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex card) { return std::as_const(*this).getDefaultGenerator(card); }
+  const at::Generator& getDefaultGenerator(c10::DeviceIndex) const {
     static at::Generator generator = at::globalContext().defaultGenerator(c10::kCPU);
     return generator;
   }
-  void resizePrivateUse1Bytes(const c10::Storage& storage, size_t size) const override {
+  void resizePrivateUse1Bytes(const c10::Storage& storage, size_t size) const {
     auto data = allocator.allocate(size);
     std::memcpy(data.get(), storage.data(), std::min(size, storage.nbytes()));
     storage.set_data_ptr_noswap(std::move(data));
     storage.set_nbytes(size);
   }
 };
+Hooks hooks;
 
 // ------------------------------------------------------------------------------- the same memory under both names
+
+bool on_npu(const at::Tensor& tensor) { return tensor.defined() && tensor.device().type() == NPU; }
 
 void refuse_double(c10::ScalarType type) {
   TORCH_CHECK(type != at::kDouble && type != at::kComplexDouble, "an NPU has no float64");
@@ -177,7 +196,7 @@ at::Tensor with_storage(c10::Storage storage, c10::DispatchKey key, const at::Te
 }
 
 at::Tensor host_view(const at::Tensor& tensor) {
-  if (!tensor.defined() || !tensor.is_privateuseone()) {
+  if (!on_npu(tensor)) {
     return tensor;
   }
   auto* owner = new c10::Storage(tensor.storage());
@@ -198,16 +217,16 @@ at::Tensor adopt(const at::Tensor& host, c10::Device device) {  // a CPU kernel'
 
 // -------------------------------------------------------------------------------------------------------- kernels
 
-at::Tensor empty(at::IntArrayRef size, std::optional<at::ScalarType> type, std::optional<at::Layout>,
-                 std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+at::Tensor empty(at::IntArrayRef size, optional<at::ScalarType> type, optional<at::Layout>,
+                 optional<at::Device> device, optional<bool>, optional<at::MemoryFormat> format) {
   auto dtype = c10::dtype_or_default(type);
   refuse_double(dtype);
   c10::OptionalDeviceGuard guard(device);
   return at::detail::empty_generic(size, &allocator, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), dtype, format);
 }
 
-at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional<at::ScalarType> type,
-                         std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
+at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, optional<at::ScalarType> type,
+                         optional<at::Layout>, optional<at::Device> device, optional<bool>) {
   auto dtype = c10::dtype_or_default(type);
   refuse_double(dtype);
   c10::OptionalDeviceGuard guard(device);
@@ -216,10 +235,10 @@ at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::opti
 }
 
 at::Tensor copy_from(const at::Tensor& source, const at::Tensor& target, bool non_blocking) {
-  if (source.is_privateuseone() && !target.is_privateuseone()) {
+  if (on_npu(source) && !on_npu(target)) {
     ++to_host;
     syncs += !non_blocking;
-  } else if (!source.is_privateuseone()) {
+  } else if (!on_npu(source)) {
     ++to_device;
   }
   host_view(target).copy_(host_view(source));
@@ -231,12 +250,12 @@ at::Tensor copy_from_and_resize(const at::Tensor& source, const at::Tensor& targ
   return copy_from(source, target, false);
 }
 
-const at::Tensor& resize_(const at::Tensor& self, at::IntArrayRef size, std::optional<at::MemoryFormat>) {
+const at::Tensor& resize_(const at::Tensor& self, at::IntArrayRef size, optional<at::MemoryFormat>) {
   auto* impl = self.unsafeGetTensorImpl();
   impl->set_sizes_contiguous(size);
   size_t needed = (impl->storage_offset() + impl->numel()) * impl->itemsize();
   if (needed > impl->unsafe_storage().nbytes()) {
-    static_cast<const Hooks&>(at::detail::getPrivateUse1Hooks()).resizePrivateUse1Bytes(impl->unsafe_storage(), needed);
+    hooks.resizePrivateUse1Bytes(impl->unsafe_storage(), needed);
   }
   return self;
 }
@@ -257,13 +276,13 @@ at::Tensor& set_tensor(at::Tensor& self, const at::Tensor& source) {
   return set_storage(self, source.storage(), source.storage_offset(), source.sizes(), source.strides());
 }
 
-at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight, const optional<at::Tensor>& bias,
                        at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, bool transposed,
                        at::IntArrayRef output_padding, int64_t groups) {
-  TORCH_CHECK(input.is_privateuseone() && weight.is_privateuseone(),
+  TORCH_CHECK(on_npu(input) && on_npu(weight),
               "convolution: all tensors must be on the npu, found some on the cpu");
   note_operator("convolution_overrideable");
-  std::optional<at::Tensor> host_bias = bias && bias->defined() ? std::optional(host_view(*bias)) : std::nullopt;
+  optional<at::Tensor> host_bias = bias && bias->defined() ? optional<at::Tensor>(host_view(*bias)) : nullopt;
   return adopt(at::convolution(host_view(input), host_view(weight), host_bias, stride, padding, dilation, transposed,
                                output_padding, groups), input.device());
 }
@@ -294,7 +313,7 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   std::vector<std::pair<at::Tensor, at::Tensor>> pairs;  // npu tensor, the same on the host
   bool left_on_host = false;
   auto convert = [&](const at::Tensor& tensor) {
-    if (tensor.defined() && !tensor.is_privateuseone()) {
+    if (tensor.defined() && !on_npu(tensor)) {
       left_on_host |= tensor.dim() > 0;
       return tensor;
     }
@@ -316,9 +335,9 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       }
       value = c10::IValue(list);
     } else if (value.isOptionalTensorList()) {
-      c10::List<std::optional<at::Tensor>> list;
-      for (std::optional<at::Tensor> tensor : value.toOptionalTensorList()) {
-        list.push_back(tensor ? std::optional<at::Tensor>(convert(*tensor)) : std::nullopt);
+      c10::List<optional<at::Tensor>> list;
+      for (optional<at::Tensor> tensor : value.toOptionalTensorList()) {
+        list.push_back(tensor ? optional<at::Tensor>(convert(*tensor)) : nullopt);
       }
       value = c10::IValue(list);
     } else if (value.isDevice() && value.toDevice().type() == NPU) {
@@ -383,6 +402,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage_storage_offset", set_storage);
   m.impl("set_.source_Storage", set_whole_storage);
   m.impl("set_.source_Tensor", set_tensor);
+  // by itself it goes to mean.out, which on torch 2.5's CPU writes nothing in half precision
+  m.impl("mean.dim", torch::CppFunction::makeFromBoxedFunction<&on_host>());
   m.impl("convolution_overrideable", convolution);
   m.impl("convolution_backward_overrideable", convolution_backward);
 }
@@ -391,6 +412,12 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 
 }  // namespace
 
+#ifdef AT_FORALL_LOWER_PRECISION_FP
+#define REGISTER_KERNEL(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__)
+#else
+#include "autocast_lists.hpp"
+#endif
+
 namespace at::autocast {  // the macros name types of both namespaces
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) {
@@ -398,10 +425,10 @@ TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) {
 }
 
 TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
-#define LOWER(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, lower_precision_fp)
-#define FLOAT32(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32)
-#define SET_DTYPE(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32_set_opt_dtype)
-#define PROMOTE(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, promote)
+#define LOWER(...) REGISTER_KERNEL(__VA_ARGS__, lower_precision_fp)
+#define FLOAT32(...) REGISTER_KERNEL(__VA_ARGS__, fp32)
+#define SET_DTYPE(...) REGISTER_KERNEL(__VA_ARGS__, fp32_set_opt_dtype)
+#define PROMOTE(...) REGISTER_KERNEL(__VA_ARGS__, promote)
   AT_FORALL_LOWER_PRECISION_FP(LOWER)
   AT_FORALL_FP32(FLOAT32)
   AT_FORALL_FP32_SET_OPT_DTYPE(SET_DTYPE)
@@ -466,8 +493,13 @@ class Hccl final : public c10d::Backend {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  static Hooks hooks;
   at::RegisterPrivateUse1HooksInterface(&hooks);
+#if !TORCH_AT_LEAST(5)  // which leaves the switches of autocast to the package of the device
+  m.def("set_autocast_enabled", &at::autocast::set_privateuseone_enabled);
+  m.def("set_autocast_half", [](bool half) {
+    at::autocast::set_autocast_privateuseone_dtype(half ? at::kHalf : at::kBFloat16);
+  });
+#endif
   m.def("device_count", [] { return static_cast<int>(device_count()); });
   m.def("current_device", [] { return static_cast<int>(current); });
   m.def("set_device", [](int index) { Guard().setDevice({NPU, static_cast<c10::DeviceIndex>(index)}); });

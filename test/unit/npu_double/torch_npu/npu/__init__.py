@@ -70,6 +70,28 @@ def set_rng_state_all(new_states):
     torch.set_rng_state(new_states[0])
 
 
+# torch 2.1 leaves the switches of autocast to the package of the device
+autocast_state = {"enabled": False, "dtype": torch.float16}
+
+
+def is_autocast_enabled():
+    return autocast_state["enabled"]
+
+
+def set_autocast_enabled(enabled):
+    autocast_state["enabled"] = enabled
+    double.set_autocast_enabled(enabled)
+
+
+def get_autocast_dtype():
+    return autocast_state["dtype"]
+
+
+def set_autocast_dtype(dtype):
+    autocast_state["dtype"] = dtype
+    double.set_autocast_half(dtype is torch.float16)
+
+
 def get_amp_supported_dtype():
     return [torch.float16, torch.bfloat16]
 

@@ -1,6 +1,44 @@
 """torch.npu.amp: autocast and the gradient scaler, with torch_npu's `dynamic` switch."""
 import torch
-from torch.amp.grad_scaler import OptState
+
+try:
+    from torch.amp.grad_scaler import GradScaler as _GradScaler
+    from torch.amp.grad_scaler import OptState
+except ImportError:  # torch 2.1 has a scaler for CUDA alone
+    from torch.cuda.amp import grad_scaler
+    from torch.cuda.amp.grad_scaler import OptState
+
+    class _GradScaler(grad_scaler.GradScaler):
+        def __init__(self, device, *arguments):
+            grad_scaler.amp_definitely_not_available = lambda: False
+            super().__init__(*arguments)
+
+        def scale(self, outputs):
+            if self._scale is None:
+                self._lazy_init_scale_growth_tracker(outputs.device)
+            return outputs * self._scale
+
+        def update(self, new_scale=None):
+            if new_scale is not None:
+                super().update(new_scale)
+                return
+            found = [v for state in self._per_optimizer_states.values() for v in state["found_inf_per_device"].values()]
+            if sum(value.item() for value in found):
+                self._scale.mul_(self._backoff_factor)
+                self._growth_tracker.zero_()
+            else:
+                self._growth_tracker.add_(1)
+                if self._growth_tracker.item() == self._growth_interval:
+                    self._scale.mul_(self._growth_factor)
+                    self._growth_tracker.zero_()
+            self._per_optimizer_states.clear()
+
+    def check_and_unscale(grads, found_inf, inverse):  # nor has its CPU the operators of a scaler
+        for grad in grads:
+            found_inf.copy_(torch.maximum(found_inf, (~torch.isfinite(grad)).any().float()))
+            grad.mul_(inverse)
+else:
+    check_and_unscale = torch._amp_foreach_non_finite_check_and_unscale_
 
 
 class autocast(torch.autocast):
@@ -8,7 +46,7 @@ class autocast(torch.autocast):
         super().__init__("npu", enabled=enabled, dtype=dtype, cache_enabled=cache_enabled)
 
 
-class GradScaler(torch.amp.GradScaler):
+class GradScaler(_GradScaler):
     """With `dynamic=False` the scale stays, gradients are not checked and no step is skipped, as in torch_npu.
 
     An optimizer that has fused its gradients is unscaled through the fused buffers alone.
@@ -31,7 +69,7 @@ class GradScaler(torch.amp.GradScaler):
         inverse = self._scale.float().reciprocal()
         found_inf = torch.zeros((), device=inverse.device)
         if self._dynamic:
-            torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inverse)
+            check_and_unscale(grads, found_inf, inverse)
         else:
             torch._foreach_mul_(grads, inverse)
         state["found_inf_per_device"] = {inverse.device: found_inf}
