@@ -113,6 +113,7 @@ def build_teaching(args, classes, images, machine):
 def build_learner(args, model, criterion, machine):
     """(the Learner of `model`, which is put on the machine; its schedule of learning rates)."""
     machine.place(model)
+    processes.broadcast_weights(model)  # before the average, which is a copy, is made
     scaled = argparse.Namespace(**dict(vars(args), lr=scaled_lr(args, machine)))
     optimizer = build_optimizer(scaled, model, machine.device, machine.precision.backend)
     lr_scheduler, _ = create_scheduler(scaled, optimizer)

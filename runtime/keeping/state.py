@@ -125,7 +125,7 @@ class TrainingState:
             return
         precision = learner.machine.precision
         try:
-            load_optimizer_state(learner.optimizer, content["optimizer"])
+            load_optimizer_state(learner.optimizer, content["optimizer"], learner.model)
             if content.get("amp_backend") == precision.backend and content["scaler"]:
                 precision.load_state_dict(content["scaler"])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -237,6 +237,14 @@ def parallelize(model: torch.nn.Module, device: torch.device, unused=()) -> torc
         device.type != "npu")
 
 
+def broadcast_weights(model: torch.nn.Module):
+    """Gives every process rank 0's weights and statistics, to start from: each has drawn its own."""
+    if is_distributed():
+        for parameter in model.parameters():
+            dist.broadcast(parameter.detach(), 0)
+        broadcast_buffers(model)
+
+
 def broadcast_buffers(model: torch.nn.Module):
     """Gives every process rank 0's batch-norm statistics: DDP runs without buffer broadcast, evaluation needs one
     model, and what is evaluated is what rank 0 saves."""

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 
 import pytest
 import torch
@@ -41,13 +40,10 @@ class _Zygote:
             atexit.register(self.process.kill)
         with tempfile.TemporaryDirectory() as folder:
             out, err = (os.path.join(folder, name) for name in ("out", "err"))
-            self.process.stdin.write(json.dumps(dict(module=module, argv=argv, cwd=cwd, env=env, out=out, err=err))
-                + "\n")
+            request = dict(module=module, argv=argv, cwd=cwd, env=env, timeout=timeout, out=out, err=err)
+            self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-            watchdog = threading.Timer(timeout, self.process.kill)
-            watchdog.start()
-            answer = self.process.stdout.readline()
-            watchdog.cancel()
+            answer = self.process.stdout.readline().strip()
             texts = [open(name, errors="replace").read() if os.path.exists(name) else "" for name in (out, err)]
         assert answer, "{} {} took more than {} seconds\n{}".format(module, argv, timeout, "".join(texts))
         return (int(answer),) + tuple(texts)
@@ -62,7 +58,9 @@ def run(command, cwd=ROOT, env=(), timeout=500):
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCH_DEVICE_BACKEND_AUTOLOAD")
     base = {k: v for k, v in os.environ.items() if k not in ours}
     command, env = [str(word) for word in command], dict(env)
-    if command[0] == sys.executable and command[1] in _SCRIPTS and set(env) <= _IN_FORKS:
+    # the compiler starts processes of its own, which do not go with a fork
+    forks = command[0] == sys.executable and command[1] in _SCRIPTS and set(env) <= _IN_FORKS
+    if forks and not any("compile" in word for word in command[2:]):
         return _zygote.run(_SCRIPTS[command[1]], command[2:], str(cwd), dict(base, **env), timeout)
     result = subprocess.run(command, cwd=str(cwd), env=dict(base, **env), stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout)

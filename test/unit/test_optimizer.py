@@ -20,7 +20,7 @@ def trained(steps, channels_last, state=None):
         model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(ARGS, model, torch.device("cpu"))
     if state is not None:
-        load_optimizer_state(optimizer, state)
+        load_optimizer_state(optimizer, state, model)
     for _ in range(steps):
         model.weight.grad = torch.empty_like(model.weight).copy_(model.weight.detach() ** 3)
         model.bias.grad = torch.ones(6)
@@ -48,3 +48,33 @@ def test_a_state_of_an_optimiser_that_is_not_fused_leaves_the_update_fused():
     resumed, optimizer = trained(1, True, state)
     assert all(group.get("fused") is fused_adamw("cpu").get("fused") for group in optimizer.param_groups)
     assert torch.allclose(resumed.weight, trained(1, True, trained(2, True)[1].state_dict())[0].weight, rtol=1e-6)
+
+
+def test_decay_starts_and_ends_in_a_resumed_run_and_a_state_of_one_group_is_read():
+    def built(decay):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 2))
+        return model, build_optimizer(argparse.Namespace(**dict(vars(ARGS), weight_decay=decay)), model,
+                                      torch.device("cpu"))
+
+    def moments(model, optimizer):
+        return {name: optimizer.state[parameter]["exp_avg"] for name, parameter in model.named_parameters()}
+
+    def step(model, optimizer):
+        model(torch.arange(12.0).view(4, 3).cos()).square().sum().backward()
+        optimizer.step()
+        return moments(model, optimizer)
+
+    model, optimizer = built(0.0)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0} and len(optimizer.param_groups) == 2
+    expected = step(model, optimizer)
+    one = torch.optim.AdamW(model.parameters(), lr=0.1)  # as versions up to 2.0 made it
+    model.zero_grad()
+    one_expected = step(model, one)
+    for state, names in ((optimizer.state_dict(), expected), (one.state_dict(), one_expected)):
+        for decay in (0.0, 0.3):
+            other, resumed = built(decay)
+            load_optimizer_state(resumed, state, other)
+            assert {group["weight_decay"] for group in resumed.param_groups} == {0.0, decay}
+            found = moments(other, resumed)
+            assert set(found) == set(names) and all(torch.equal(found[name], names[name]) for name in names)

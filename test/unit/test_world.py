@@ -330,7 +330,7 @@ def test_two_tasks_of_srun_train_together(three_digits, tmp_path):
     assert [code for code, _, _ in results] == [0, 0], results
     assert "Device: cpu x 2" in results[0][1] and "Processes: as srun (SLURM) says" in results[0][1]
     assert sorted(os.listdir(str(tmp_path / "save"))) == ["args.json", "best_checkpoint.pth", "checkpoint.pth",
-         "log.txt", "summary.json"]
+                                                          "index-train.npz", "index-val.npz", "log.txt", "summary.json"]
 
 
 # ------------------------------------------------------------------------------------------- 4: exports

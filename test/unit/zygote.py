@@ -1,6 +1,6 @@
 """For commands.py: a process that has imported main.py and runs its command line in forks of itself, so that a test
-does not wait for the imports. Reads a JSON object a line: module, argv, cwd, env, out and err (files). Answers with the
-exit code.
+does not wait for the imports. Reads a JSON object a line: module, argv, cwd, env, timeout, out and err (files). Answers
+with the exit code, or with nothing after `timeout` seconds.
 
 It computes nothing itself: a fork of a process whose OpenMP threads run would hang.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 
 import torch
@@ -51,9 +52,26 @@ def serve():
         pid = os.fork()
         if pid == 0:
             run(request)
-        status = os.waitpid(pid, 0)[1]
-        answer = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
-        os.write(1, "{}\n".format(answer).encode())
+        os.write(1, "{}\n".format(_wait(pid, request["timeout"])).encode())
+
+
+def _wait(pid, timeout):
+    """The exit code of the fork; after `timeout` seconds it is ended with all that it has started, and none is
+    known."""
+    end = time.monotonic() + timeout
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
+        if time.monotonic() > end:
+            for kill in (os.killpg, os.kill):
+                try:
+                    kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            os.waitpid(pid, 0)
+            return ""
+        time.sleep(0.02)
 
 
 if __name__ == "__main__":
