@@ -81,8 +81,8 @@ def test_main_trains_and_evaluates_in_two_processes(launcher, digit_folder, teac
     assert "Device: cpu x 2" in printed and printed.count("Model: ") == 1
     assert "Global batch: 64 = 32 images x 2 processes" in printed
     assert sorted(os.listdir(str(tmp_path / "save"))) == ["args.json", "best_checkpoint.pth", "checkpoint.previous.pth",
-                                                          "checkpoint.pth", "index-train.npz", "index-val.npz", "log.txt",
-                                                          "summary.json"]
+                                                          "checkpoint.pth", "index-train.npz", "index-val.npz",
+                                                          "log.txt", "summary.json"]
     with open(str(tmp_path / "save" / "log.txt")) as f:
         last = json.loads(f.read().splitlines()[-1])
     assert last["test_images"] == 60

@@ -83,8 +83,8 @@ def test_one_process_trains_to_the_end_from_the_folder_test(checkout, digit_fold
     summary, log = check_outputs(checkout, out, "acc", 1, 32, checkout / "save")
     assert summary["epochs"] == 2 and "Epoch 1 (stage-wise)" in log
     assert sorted(os.listdir(str(checkout / "save"))) == ["args.json", "best_checkpoint.pth", "checkpoint.previous.pth",
-                                                          "checkpoint.pth", "index-train.npz", "index-val.npz", "log.txt",
-                                                          "summary.json"]
+                                                          "checkpoint.pth", "index-train.npz", "index-val.npz",
+                                                          "log.txt", "summary.json"]
 
 
 @pytest.mark.slow
