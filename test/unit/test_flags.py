@@ -12,7 +12,8 @@ import torch
 
 import main
 from datasets import Augmentation, build_dataset, build_transform
-from flags import get_args_parser
+from flags import get_args_parser, parse_args
+from runtime.keeping.settings import micro_batches
 from runtime.learning.average import ModelEma
 from runtime.learning.optimizer import build_optimizer
 from runtime.machine.machine import Machine
@@ -102,6 +103,7 @@ def test_augmentation_follows_its_flags():
         return str(build_transform(True, "IMNET", 64, Augmentation(**changes)))
     args = args_of("--data-set", "DIGITS", "--input-size", 64, "--batch-size", 8, "--color-jitter", 0.2, "--aa", "none",
          "--train-interpolation", "bilinear", "--reprob", 0.3, "--remode", "rand", "--recount", 2, "--num_workers", 0)
+    args = argparse.Namespace(**dict(vars(args), micro_batches=1))
     view = main.build_train_loader(args, Machine(torch.device("cpu"))).dataset
     jitter = [t for t in view.dataset.transform.transforms if type(t).__name__ == "ColorJitter"]
     erasing = view.dataset.transform.transforms[-1].erasing
@@ -295,3 +297,19 @@ def test_a_path_may_begin_with_the_home_folder(digit_folder, tmp_path, monkeypat
 
 def test_the_warm_up_is_noted_where_it_is_the_whole_run(student):
     assert "Note: --warmup-epochs 5 is not shorter than --epochs 2" in student[1]
+
+
+@pytest.mark.parametrize("processes, flags, expected", [
+    (8, [], 2), (4, [], 4), (2, [], 8), (1, [], 16), (16, [], 1),  # the global batch of 128 is kept
+    (3, [], 2), (32, [], 2),  # it is not divided by them
+    (4, ["--accum-steps", 2], 4), (4, ["--accum-steps", 5], 5), (4, ["--batch-size", 24], 2)])
+def test_other_processes_keep_the_global_batch_by_accumulation(processes, flags, expected):
+    saved = {"processes": 8, "batch_size": 8, "accum_steps": 2, "global_batch": 128}
+    args, given = parse_args([str(flag) for flag in flags])
+    args = argparse.Namespace(**dict(dict(saved, **vars(args)), **{k: saved[k] for k in saved if k not in given}))
+    said = []
+    checkpoint = argparse.Namespace(recipe=lambda: saved)
+    assert micro_batches(args, given, checkpoint, processes, said.append) == expected
+    kept = processes != 8 and args.batch_size * processes * expected == 128
+    assert len(said) == kept and (not kept or "keeps the global batch of 128" in said[0])
+    assert micro_batches(args, given, None, processes, said.append) == args.accum_steps
