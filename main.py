@@ -154,6 +154,8 @@ def train(args, given, checkpoint, machine, agreement, index):
                         "train/CLASS/PICTURE and val/CLASS/PICTURE".format(data.classes[0]))
     if checkpoint is not None:
         need_same_classes(checkpoint, data.classes)
+    settings = dict(vars(args), processes=machine.world.size, global_batch=global_batch(args, machine))
+    need_same_everywhere(settings, data, agreement)
     val_loader, shared = build_val_loader(args, machine, index)
     model = build_student(args, data.classes, say, checkpoint is None)
     teacher, labels = build_teaching(args, data.classes, len(data), machine)
@@ -166,8 +168,6 @@ def train(args, given, checkpoint, machine, agreement, index):
     feed = Feed(loader, sampler, mixup, labels)
     describe_training(args, machine, len(data), sampler.updates)
 
-    settings = dict(vars(args), processes=machine.world.size, global_batch=global_batch(args, machine))
-    need_same_everywhere(settings, data, agreement)
     with Signals() as signals, ExitStack() as held:
         control = Control(agreement, signals, args.save_every_steps, args.save_every_minutes, args.max_bad_images,
                           args.skip_nonfinite)

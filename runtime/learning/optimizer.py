@@ -75,7 +75,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict, model: t
 def _grouped(state, optimizer, model):
     """The `state` of an optimiser with one group, in the order of the model's parameters, in the groups of this one: so
     versions up to 2.0 wrote it where nothing decays."""
-    before = {parameter: i for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = dict(zip(trained, state["param_groups"][0]["params"]))  # PyTorch 1.5 numbers them by their addresses
     groups, moments, here = [], {}, 0
     for group in optimizer.param_groups:
         for i, parameter in enumerate(group["params"], here):
