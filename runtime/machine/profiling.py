@@ -8,6 +8,8 @@ from typing import Optional
 
 import torch
 
+from evo_vit.compat import TORCH
+
 from ..errors import UserError
 from .machine import Machine
 
@@ -47,13 +49,13 @@ class Profile:
         if self.device.type == "npu":
             profiler = _npu_profiler()
             activities, ready = [profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU], self._take_npu
-        elif hasattr(torch, "profiler"):
+        elif TORCH >= (2, 1):
             profiler = torch.profiler
             activities, ready = [profiler.ProfilerActivity.CPU], self._take
             if self.device.type == "cuda":
                 activities.append(profiler.ProfilerActivity.CUDA)
         else:
-            raise UserError("--profile needs PyTorch 1.8.1 or newer")
+            raise UserError("--profile needs PyTorch 2.1 or newer")
         schedule = profiler.schedule(wait=WARMUP - 1, warmup=1, active=self.updates, repeat=1)
         return profiler.profile(activities=activities, schedule=schedule, on_trace_ready=ready)
 

@@ -5,10 +5,11 @@ import sys
 
 import commands
 import pytest
-import torch
+
+from evo_vit.compat import TORCH
 
 RUN = ("--model", "EvoLeViT_128S", "--distillation-type", "none", "--batch-size", 8, "--epochs", 1)
-needs_profiler = pytest.mark.skipif(not hasattr(torch, "profiler"), reason="this PyTorch has no profiler of steps")
+needs_profiler = pytest.mark.skipif(TORCH < (2, 1), reason="--profile needs PyTorch 2.1")
 
 
 @needs_profiler
@@ -36,8 +37,8 @@ def test_a_run_that_is_too_short_says_so(digit_folder, tmp_path):
     assert "Note: the run ended before --profile had 2 updates after the first 5" in out
 
 
-@pytest.mark.skipif(hasattr(torch, "profiler"), reason="this PyTorch has a profiler of steps")
+@pytest.mark.skipif(TORCH >= (2, 1), reason="this PyTorch profiles")
 def test_a_pytorch_without_one_ends_in_a_sentence(digit_folder, tmp_path):
     code, out, err = commands.run([sys.executable, commands.MAIN] + commands.SMALL + list(
         RUN + ("--profile", 2, "--data-path", digit_folder, "--output_dir", tmp_path)))
-    assert (code, err) == (2, "error: --profile needs PyTorch 1.8.1 or newer\n")
+    assert (code, err) == (2, "error: --profile needs PyTorch 2.1 or newer\n")
