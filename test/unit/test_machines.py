@@ -113,7 +113,10 @@ def test_a_machine_that_dies_is_made_up_for_by_accumulation(one_of_two, uninterr
     for one, other in zip(log, whole):  # the same images in the same updates: the same losses but for rounding
         assert one["updates"] == other["updates"] and one["train_lr"] == other["train_lr"]
         assert one["train_loss"] == pytest.approx(other["train_loss"], abs=2e-3)
-    same(weights(tmp_path / "0"), weights(uninterrupted / "0"), 1.0)
+    # AdamW makes whole steps out of gradients that are rounding; batch norm's averages see each half of a batch
+    learned = [{name: value for name, value in weights(out / "0").items()
+                if "running" not in name and "num_b" not in name} for out in (tmp_path, uninterrupted)]
+    print("largest difference of a weight", same(learned[0], learned[1], 1e-3))
     print([(one["train_loss"], other["train_loss"]) for one, other in zip(log, whole)])
 
 
