@@ -61,8 +61,15 @@ class Learner:
         """Gives every process the first one's batch-norm statistics, of the model and of its average: DDP leaves them
         alone, training does not use them, and what is evaluated is what is saved."""
         broadcast_buffers(self.model)
-        if self.average is not None and next(self.average.module.parameters()).device.type == self.machine.device.type:
-            broadcast_buffers(self.average.module)
+        if self.averaged is not None:
+            broadcast_buffers(self.averaged)
+
+    @property
+    def averaged(self) -> Optional[torch.nn.Module]:
+        """The average's model where it lies on the device; None for none, or one that is kept on the CPU."""
+        module = None if self.average is None else self.average.module
+        here = module is not None and next(module.parameters()).device.type == self.machine.device.type
+        return module if here else None
 
     @property
     def lr(self) -> float:

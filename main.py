@@ -220,9 +220,8 @@ def validate(learner, loader, shared):
     test_ema_loss."""
     learner.share_statistics()
     log = {"test_" + name: value for name, value in evaluate(learner.model, loader, learner.machine, shared).items()}
-    average = learner.average
-    if average is not None and next(average.module.parameters()).device.type == learner.machine.device.type:
-        figures = evaluate(average.module, loader, learner.machine, shared, named=False)
+    if learner.averaged is not None:
+        figures = evaluate(learner.averaged, loader, learner.machine, shared, named=False)
         log.update(test_ema_acc1=figures["acc1"], test_ema_loss=figures["loss"])
     return log
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 FILES = (NEWEST, OLDER, BEST, "log.txt", "args.json", "summary.json", "tensorboard")
 
 
+def _unwritable(path, error):
+    return UserError("--output_dir: {} cannot be written ({})".format(path, error.strerror or error))
+
+
 class Lock:
     """Keeps other runs out of the folder `path`, which is made, while it is entered; None for no folder. Raises
     UserError where another run is in it, or it cannot be made. Does nothing where the file system has no such
@@ -39,7 +43,7 @@ class Lock:
             os.makedirs(self.path, exist_ok=True)
             self._folder = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise UserError("--output_dir: {} cannot be written ({})".format(self.path, error.strerror or error))
+            raise _unwritable(self.path, error)
         end = time.monotonic() + self.PATIENCE
         while not self._take():
             if time.monotonic() > end:
@@ -77,7 +81,7 @@ def _writes(path, world, agreement):
             with open(token, "w"):
                 pass
         except OSError as error:
-            raise UserError("--output_dir: {} cannot be written ({})".format(path, error.strerror or error))
+            raise _unwritable(path, error)
     agreement.total(0)  # it is there
     own = world.is_main or world.local_rank == 0 and not os.path.exists(token)
     agreement.total(0)  # all have looked
@@ -132,7 +136,7 @@ def prepare_output_dir(path: str, fresh: bool, checkpoint_size: int, say: Callab
             raise UserError("--output_dir: the disk of {} has {:,} MiB left and a run needs {:,}, four checkpoints' "
                 "worth" .format(path, free >> 20, 4 * checkpoint_size >> 20))
     except OSError as error:
-        raise UserError("--output_dir: {} cannot be written ({})".format(path, error.strerror or error))
+        raise _unwritable(path, error)
 
 
 def median_speed(speeds) -> float:

@@ -34,22 +34,17 @@ def saved(image, **options):
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """scikit-learn's two photographs in several sizes and kinds of JPEG, in ImageNet's layout."""
-    from sklearn.datasets import load_sample_images
     root = tmp_path_factory.mktemp("photos")
-    for part in ("train", "val"):
-        for number, photo in enumerate(load_sample_images().images):
-            folder = root / part / "class{}".format(number)
-            folder.mkdir(parents=True)
-            image = Image.fromarray(photo)
-            small, large = image.resize((301, 203), Image.BICUBIC), image.resize((1280, 854), Image.BICUBIC)
-            (folder / "a.jpg").write_bytes(saved(image, quality=95))
-            (folder / "b.jpg").write_bytes(saved(large, quality=75, progressive=True))
-            (folder / "c.jpg").write_bytes(saved(small, quality=90, subsampling=0))
-            (folder / "d.jpg").write_bytes(saved(small.convert("L"), quality=90))
-            (folder / "e.jpg").write_bytes(saved(small.convert("CMYK"), quality=90))
-            (folder / "f.jpg").write_bytes(saved(small, quality=60, subsampling=1, optimize=True))
-            small.save(str(folder / "g.png"))
-            small.convert("P").save(str(folder / "h.gif"))
+    for folder, image in commands.photos_in(root):
+        small, large = image.resize((301, 203), Image.BICUBIC), image.resize((1280, 854), Image.BICUBIC)
+        (folder / "a.jpg").write_bytes(saved(image, quality=95))
+        (folder / "b.jpg").write_bytes(saved(large, quality=75, progressive=True))
+        (folder / "c.jpg").write_bytes(saved(small, quality=90, subsampling=0))
+        (folder / "d.jpg").write_bytes(saved(small.convert("L"), quality=90))
+        (folder / "e.jpg").write_bytes(saved(small.convert("CMYK"), quality=90))
+        (folder / "f.jpg").write_bytes(saved(small, quality=60, subsampling=1, optimize=True))
+        small.save(str(folder / "g.png"))
+        small.convert("P").save(str(folder / "h.gif"))
     return str(root)
 
 

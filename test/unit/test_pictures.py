@@ -2,6 +2,7 @@
 import os
 import random
 
+import commands
 import numpy as np
 import pytest
 import torch
@@ -23,15 +24,10 @@ from samplers import build_train_sampler
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """scikit-learn's two photographs as JPEGs of 640 x 427 and 1280 x 854 pixels, in ImageNet's layout."""
-    from sklearn.datasets import load_sample_images
     root = tmp_path_factory.mktemp("photos")
-    for part in ("train", "val"):
-        for number, photo in enumerate(load_sample_images().images):
-            folder = root / part / "class{}".format(number)
-            os.makedirs(str(folder))
-            image = Image.fromarray(photo)
-            image.save(str(folder / "small.jpg"), quality=95)
-            image.resize((1280, 854), Image.BICUBIC).save(str(folder / "large.jpg"), quality=95)
+    for folder, image in commands.photos_in(root):
+        image.save(str(folder / "small.jpg"), quality=95)
+        image.resize((1280, 854), Image.BICUBIC).save(str(folder / "large.jpg"), quality=95)
     return str(root)
 
 
