@@ -18,6 +18,7 @@ from torchvision import datasets, transforms
 from runtime.errors import DamagedImage, UserError
 from runtime.machine.randomness import drawing_from
 from runtime.machine.versions import interpolation
+from runtime.pictures import remote
 from runtime.pictures.archives import archive_names, member, read_archives
 from runtime.pictures.batches import ToBytes
 from runtime.pictures.fast import FastCrop, load_pixels
@@ -74,6 +75,10 @@ def _open_folders(root, is_train, transform, loader, category, index):
 
 def _find(root, part, index, needed=None):
     """The Found of the folder `part`; needed: the classes that it has to have."""
+    if remote.is_url(root):
+        found = index.of_server("{}/{}".format(root.rstrip("/"), part))
+        _need_same(found.classes, needed)
+        return found
     folder = os.path.join(root, part)
     if not os.path.isdir(folder):
         raise UserError("--data-path: {} has no folder '{}'; the layout is train/CLASS/PICTURE and val/CLASS/PICTURE"
@@ -212,7 +217,11 @@ def build_dataset(is_train: bool, name: str, root: Optional[str], transform, ina
     if row.needs_root:
         if not root:
             raise UserError("--data-path is missing: say where the data set {} lies".format(name))
-        if not os.path.isdir(root):
+        if remote.is_url(root):
+            if name != "IMNET":
+                raise UserError("--data-path: {} on a server; only IMNET's shards can be read there".format(name))
+            remote.need_requests()
+        elif not os.path.isdir(root):
             raise UserError("--data-path: there is no folder {}".format(root))
     loader = leave_path if jpeg_draft else LastPicture(load_pixels if image_backend == "fast" else None)
     dataset = row.open(root, is_train, transform, loader, inat_category,

@@ -29,7 +29,8 @@ def get_args_parser():
          for k, v in _EVO_DEIT.items())))
 
     add = parser.add_argument_group("data").add_argument
-    add("--data-path", "--data_path", type=path, metavar="DIR", help="folder with train/ and val/; DIGITS needs none")
+    add("--data-path", "--data_path", type=path, metavar="DIR",
+        help="folder with train/ and val/, or the http address of shards; DIGITS needs none")
     add("--data-set", default="IMNET", choices=DATA_SETS, help="IMNET is any folder in ImageNet's layout")
     add("--inat-category", default="name", choices=INAT_CATEGORIES,
         help="taxonomic level that is the class, of INAT and INAT19")

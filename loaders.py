@@ -11,13 +11,15 @@ from runtime.pictures.batches import EvaluationView, TrainingView, collate
 from runtime.pictures.fast import HAS_DECODER
 from runtime.pictures.folders import describe_left_out
 from runtime.pictures.index import Index
+from runtime.pictures.remote import is_url
 from samplers import ShardSampler, build_train_sampler
 
 
 def open_index(args, machine, agreement):
     """The Index of the run's pictures; the processes of a machine that read the same data have it in common."""
     task = "eval" if args.eval else "labels" if args.write_teacher_labels else "train"
-    where = os.path.abspath(args.data_path or "")
+    where = args.data_path or ""
+    where = where if is_url(where) else os.path.abspath(where)
     together = agreement.among_equal("\n".join([processes.machine_name(), task, args.data_set, where]))
     return Index(args.index_cache or args.output_dir, together, machine.say, made=bool(args.index_cache))
 

@@ -1,7 +1,8 @@
 # What the four launchers share. A launcher sets `kind` (acc or perf), `nproc`, `epochs` and `extra`, then sources this file
 # with its own arguments.
 #
-#   --data_path=DIR    the data set's top folder (required)     --output_dir=DIR   results, save/ in the repository if not given
+#   --data_path=DIR    folder or http address of the data (required)
+#   --output_dir=DIR   results, save/ in the repository if not given
 #   --model=NAME       EvoLeViT_256_384                         --epochs=N         100 (accuracy) or 1 (performance)
 #   --batch-size=N     128, for each process                    --device_id=N      first card, 0
 #   --input-size=N     384                                      --nproc=N          processes; NPROC=N does the same
@@ -58,8 +59,11 @@ done
 [ "$node_rank" -lt "$nnodes" ] || fail "--node_rank $node_rank: the $nnodes machines are numbered from 0 to $((nnodes - 1))"
 [ "$nnodes" -eq 1 ] || [ -n "$master_addr" ] || fail "--master_addr is missing: with --nnodes=$nnodes give the address of machine 0, and --node_rank on each machine"
 [ -n "$data_path" ] || fail "--data_path is missing: give the data set's top folder, --data_path=/data/imagenet"
-[ -d "$data_path" ] || fail "--data_path: there is no folder $data_path"
-data_path=$(cd "$data_path" && pwd)
+case "$data_path" in
+    http://* | https://*) ;;
+    *) [ -d "$data_path" ] || fail "--data_path: there is no folder $data_path"
+       data_path=$(cd "$data_path" && pwd) ;;
+esac
 case "$output_dir" in /*) ;; *) output_dir=$PWD/$output_dir ;; esac
 cd "$root"
 . test/env_npu.sh

@@ -11,10 +11,11 @@ from typing import Callable, Iterable, List, Optional
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import SaveFailed, UserError
+from ..errors import RunFailed, SaveFailed, UserError
 from ..keeping.files import write_whole
 from ..machine.agreement import Agreement
 from ..printing import say as print_it
+from . import remote
 from .found import Found, Names, Places, Sign
 from .reading import IMAGE_EXTENSIONS
 
@@ -52,6 +53,15 @@ class Index:
             self._found[root] = self._shared(root, lambda: self._look(root, there, walk))
         return self._found[root]
 
+    def of_server(self, root: str) -> Found:
+        """The shards in the folder `root` of a web server, by the index beside it, which is not searched for anew.
+
+        Raises UserError where it is missing, damaged, or not of these shards, and RunFailed where the server does not
+        answer; each on every process."""
+        if root not in self._found:
+            self._found[root] = self._shared(root, lambda: _of_server(root))
+        return self._found[root]
+
     def _shared(self, root, look):
         if self.together is None or self.together.alone:
             return look()
@@ -60,13 +70,14 @@ class Index:
             try:
                 found = look()
                 content = b"found" + _to_bytes(found, 0)
-            except UserError as error:
-                refusal, content = error, b"error" + str(error).encode("utf-8", "surrogateescape")
+            except (UserError, RunFailed) as error:
+                kind = b"error" if isinstance(error, UserError) else b"fails"
+                refusal, content = error, kind + str(error).encode("utf-8", "surrogateescape")
         content = self.together.from_process(0, content)
         if refusal is not None:
             raise refusal
-        if content[:5] == b"error":
-            raise UserError(content[5:].decode("utf-8", "surrogateescape"))
+        if content[:5] != b"found":
+            raise (UserError if content[:5] == b"error" else RunFailed)(content[5:].decode("utf-8", "surrogateescape"))
         return found if found is not None else _from_file(io.BytesIO(content[5:]), root)[0]
 
     def _look(self, root, there, walk):
@@ -140,6 +151,29 @@ def _change(found, began, root, there, where):
         if sign.time > began - SETTLED:
             return "{} changed just before it was read".format(os.path.join(root, sign.path))
     return None
+
+
+def _of_server(root):
+    folder, part = root.rsplit("/", 1)
+    url = "{}/index-{}.npz".format(folder, part)
+    content = remote.read_file(url)
+    if content is None:
+        raise UserError("--data-path: there is no {}; shards on a server need the index that `python -m "
+                        "runtime.pictures.shards` writes beside train/ and val/".format(url))
+    try:
+        found, _, _ = _from_file(io.BytesIO(content), root)
+    except Exception as error:  # a damaged file can raise anything in what reads it
+        raise UserError("--data-path: the index {} is damaged ({})".format(
+            url, " ".join(str(error).split())[:80] or type(error).__name__))
+    if found.places is None:
+        raise UserError("--data-path: {} is the index of a folder; on a server only shards can be read".format(url))
+    sizes = {sign.path: sign.size for sign in found.signs}
+    for name in _shown(found.places.archives, root):
+        size = remote.file_size("{}/{}".format(root, name))
+        if size != sizes[name]:
+            raise UserError("--data-path: {}/{} {}, and its index says {:,} bytes; upload both again".format(
+                root, name, "is not there" if size is None else "has {:,} bytes".format(size), sizes[name]))
+    return found
 
 
 def _identity(found, root):

@@ -9,7 +9,8 @@ from typing import NamedTuple, Union
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from ..errors import DamagedImage
+from ..errors import DamagedImage, Ending
+from . import remote
 
 # torchvision's, and others that users have, where this Pillow reads them
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
@@ -50,19 +51,23 @@ def load_picture(path: Union[str, Member]) -> Image.Image:
 
 @contextmanager
 def damage_named(path):
-    """Whatever goes wrong inside is a DamagedImage of `path`."""
+    """Whatever goes wrong inside is a DamagedImage of `path`, but for what ends the run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # large pictures, broken EXIF, palettes with transparency: all are read
             yield
+    except Ending:
+        raise
     except Exception as error:  # a damaged file can raise anything in a decoder
         reason = str(error).split("\n")[0].split(" <")[0]  # without Pillow's name for the open file
         raise DamagedImage(getattr(path, "path", path), "{}: {}".format(type(error).__name__, reason[:120]))
 
 
 def read_bytes(path: Union[str, Member]) -> bytes:
-    """The whole file. Raises OSError."""
+    """The whole file. Raises OSError, and RunFailed for one on a server that does not answer."""
     if isinstance(path, Member):
+        if remote.is_url(path.archive):
+            return remote.read_range(path.archive, path.offset, path.size)
         with open(path.archive, "rb", buffering=0) as f:
             return os.pread(f.fileno(), path.size, path.offset)
     with open(path, "rb") as f:

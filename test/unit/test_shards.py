@@ -1,11 +1,14 @@
 """Pictures in tar archives are the pictures of the folder: the same order, classes, training, damage and resume."""
+import http.server
 import io
 import json
 import os
 import shutil
 import sys
 import tarfile
+import threading
 import time
+import urllib.parse
 
 import commands
 import kill_and_resume
@@ -14,7 +17,7 @@ import pytest
 
 from datasets import build_dataset
 from runtime.errors import DamagedImage, RunFailed, UserError
-from runtime.pictures import archives, index, shards
+from runtime.pictures import archives, index, remote, shards
 from runtime.pictures.batches import TrainingView
 
 FAST = ["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--model", "EvoLeViT_128S",
@@ -228,6 +231,159 @@ def test_the_command_line_of_the_tool(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     code, _, err = commands.run(run + [tmp_path / "empty", tmp_path / "out"])
     assert code == 2 and err.count("\n") == 1 and "has neither a folder 'train' nor 'val'" in err
+
+
+# ------------------------------------------------------------------------------------------------- over HTTP
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Files of `folder`, whole or a range of bytes; `fault(path)` may send another answer and say so."""
+    protocol_version = "HTTP/1.1"
+    folder, fault = None, staticmethod(lambda handler: False)
+
+    def translate_path(self, path):
+        return os.path.join(self.folder, urllib.parse.unquote(path).lstrip("/"))
+
+    def answer(self, code, content=b"", length=None):
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(content) if length is None else length))
+        self.end_headers()
+        self.wfile.write(content)
+        return True
+
+    def hang_up(self):
+        self.close_connection = True
+        return True
+
+    def do_GET(self):
+        if "Range" not in self.headers or not os.path.isfile(self.translate_path(self.path)):
+            return super().do_GET()
+        if self.fault(self):
+            return
+        first, last = (int(word) for word in self.headers["Range"][len("bytes="):].split("-"))
+        with open(self.translate_path(self.path), "rb") as f:
+            f.seek(first)
+            self.answer(206, f.read(last - first + 1))
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(http.server.HTTPServer):
+    daemon_threads = True
+
+    def process_request(self, request, client_address):
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address))
+        thread.daemon = True
+        thread.start()
+
+    def process_request_thread(self, request, client_address):
+        try:
+            self.finish_request(request, client_address)
+        except ConnectionError:
+            pass
+        finally:
+            self.shutdown_request(request)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """served(folder, fault=...) -> its address on a web server of this machine."""
+    monkeypatch.setenv("no_proxy", "*")
+    servers = []
+
+    def serve(folder, fault=lambda handler: False):
+        handler = type("Handler", (Ranges,), {"folder": folder, "fault": staticmethod(fault)})
+        server = Server(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return "http://127.0.0.1:{}".format(server.server_address[1])
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.once
+def test_shards_on_a_web_server_train_bit_for_bit_as_on_a_disk(forms, tmp_path, served):
+    """Two processes with a worker each, evaluation, and `--eval` of what came out."""
+    ends, said = {}, {}
+    for form, root in (("disk", forms["shards"]), ("server", served(forms["shards"]) + "/")):
+        out = tmp_path / form
+        flags = FAST + ["--num_workers", 1, "--batch-size", 8, "--epochs", 1, "--data-path", root, "--output_dir", out]
+        commands.succeed(*flags, small=[], launch=list(commands.launchers(2).values())[-1])
+        ends[form] = kill_and_resume.ends(str(out))
+        for checkpoint in ends[form][:2]:
+            assert checkpoint["args"].pop("data_path") == root
+        said[form] = commands.succeed("--eval", "--device", "cpu", "--num_workers", 0, "--resume",
+                                      out / "checkpoint.pth", small=[])
+    assert kill_and_resume.differences(ends["disk"], ends["server"]) == []
+    results = [said[form].splitlines()[-1].split(" images/s")[0] for form in ("disk", "server")]
+    assert results[0] == results[1] and "Acc@1" in results[0] and "loss" in results[0]
+    assert os.listdir(str(tmp_path / "server")).count("index-train.npz") == 0
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("wrong, sentence", [
+    ("no index", "there is no .*/index-val.npz; shards on a server need the index"),
+    ("damaged index", "the index .*/index-val.npz is damaged"),
+    ("an index of folders", "is the index of a folder; on a server only shards can be read"),
+    ("a shard is gone", "val/shard-000000.tar is not there, and its index says"),
+    ("a shard is shorter", "val/shard-000000.tar has 100 bytes, and its index says"),
+    ("another data set", "--data-path: INAT on a server")])
+def test_what_is_wrong_on_a_web_server_is_said_in_one_sentence(wrong, sentence, forms, folder, tmp_path, served):
+    root = str(tmp_path / "root")
+    shutil.copytree(forms["shards"], root)
+    shard, listed = os.path.join(root, "val", "shard-000000.tar"), os.path.join(root, "index-val.npz")
+    if wrong == "no index":
+        os.remove(listed)
+    elif wrong == "damaged index":
+        with open(listed, "r+b") as f:
+            f.truncate(300)
+    elif wrong == "an index of folders":
+        one = index.Index(str(tmp_path / "index"), made=True)
+        build_dataset(False, "IMNET", folder, None, index=one)
+        one.keep(finished=True)
+        shutil.copy(str(tmp_path / "index" / "index-val.npz"), listed)
+    elif wrong == "a shard is gone":
+        os.remove(shard)
+    elif wrong == "a shard is shorter":
+        with open(shard, "r+b") as f:
+            f.truncate(100)
+    with pytest.raises(UserError, match=sentence) as error:
+        build_dataset(False, "INAT" if wrong == "another data set" else "IMNET", served(root), None)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("fault, sentence", [
+    (lambda handler: handler.answer(200, b"all of it"), "gives no parts of files"),
+    (lambda handler: handler.answer(403), "the answer is 403"),
+    (lambda handler: handler.answer(206, b"less"), "4 bytes of"),
+    (lambda handler: handler.answer(206, b"cut off", length=10 ** 6) and handler.hang_up(), "cannot be read"),
+    (lambda handler: handler.hang_up(), "cannot be read")])
+def test_a_server_that_fails_ends_the_run_and_damages_no_picture(fault, sentence, forms, served, monkeypatch):
+    monkeypatch.setattr(remote, "TRIES", 1)
+    remote._sessions.clear()
+    dataset = TrainingView(build_dataset(True, "IMNET", served(forms["shards"], fault), None))
+    with pytest.raises(RunFailed, match=sentence) as error:
+        dataset[0, 1]
+    assert not isinstance(error.value, DamagedImage) and "\n" not in str(error.value)
+    remote._sessions.clear()
+
+
+@pytest.mark.once
+def test_a_server_that_falters_is_asked_again(forms, served):
+    asked = []
+
+    def falter(handler):
+        asked.append(handler.path)
+        return len(asked) in (1, 2) and (handler.answer(503) if len(asked) == 1 else handler.hang_up())
+
+    remote._sessions.clear()
+    over, local = (build_dataset(False, "IMNET", root, None) for root in (served(forms["shards"], falter),
+                                                                            forms["shards"]))
+    assert np.array_equal(np.asarray(over[0][0]), np.asarray(local[0][0])) and len(asked) == 3
 
 
 # ------------------------------------------------------------------------------------------------- others' archives
