@@ -58,6 +58,7 @@ from samplers import Feed
 
 # ----------------------------------------------------------------------------------------------------- builders
 
+
 def build_student(args, classes, say, fresh):
     """The model to train, from --finetune's weights where they are given and the run is a `fresh` one."""
     more_heads = args.distillation_type != "none" or args.model.startswith(EVO_DEIT)

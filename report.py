@@ -188,7 +188,7 @@ def configurations(runs):
         rows = differences(known)
         parts.append(page.table(["flag"] + [run.name for run in known], rows) if rows else "<p>They do not differ.</p>")
     for run in known:
-        parts.append("<details><summary>All of {}</summary>{}</details>".format( page.text(run.name),
+        parts.append("<details><summary>All of {}</summary>{}</details>".format(page.text(run.name),
                      page.table(["flag", "value"], [[k, json.dumps(v)] for k, v in sorted(run.configuration.items())])))
     return "\n".join(parts) or "<p>Not known.</p>"
 

@@ -21,6 +21,7 @@ from .lines import LINES, combinations  # noqa: E402
 __all__ = ["Hardswish", "LINES", "TORCH", "create_model", "feature_extractor", "get_pretrained_cfg_value",
            "is_exported", "is_traced", "register_model", "trunc_normal_", "untested_notice", "versions"]
 
+
 def _numbers(version):
     """(1, 8) of "1.8.1+cu102" or "==1.8.*": the first two numbers of a version."""
     return tuple(int(part) for part in re.search(r"(\d+)\.(\d+)", version).groups())

@@ -1,9 +1,8 @@
 """For test_resume.py: python kill_and_resume.py FOLDER DATA PROCESSES KILLS SEED
 
 Trains once to the end; then trains the same again and again, killed (SIGKILL, every process) KILLS times and resumed
-after
-each: at random instants, every second time in the first half-written file after the instant. Prints as JSON how many
-kills hit a half-written file, and which values of the ends differ.
+after each: at random instants, every second time in the first half-written file after the instant. Prints as JSON how
+many kills hit a half-written file, and which values of the ends differ.
 """
 import json
 import os
@@ -19,15 +18,8 @@ import torch
 import losses
 import main  # (imported once; each life of a run is a fork of this process)
 
-TIMES = (
-    "seconds",
-    "train_seconds",
-    "train_images_per_s",
-    "test_images_per_s",
-    "peak_memory_mb",
-    "waiting_for_data",
-     "mfu")
-
+TIMES = ("seconds", "train_seconds", "train_images_per_s", "test_images_per_s", "peak_memory_mb", "waiting_for_data",
+         "mfu")
 
 _loss = losses.DistillationLoss.forward
 
@@ -40,10 +32,11 @@ def _sometimes_infinite(self, inputs, outputs, labels, taught=None):
 
 def flags(data, out, processes):
     return ["--device", "cpu", "--data_path", data, "--input-size", "64", "--model", "EvoLeViT_128S", "--drop-path",
-         "0.1", "--distillation-type", "none", "--batch-size", str(8 // processes), "--epochs", "3",
-         "--stage-wise-epoch", "1", "--num_workers", "1" if processes == 1 else "0", "--model-ema-decay", "0.9", "--lr",
-         "0.01", "--save-every-steps", "1", "--skip-nonfinite", "50", "--resume", "auto", "--output_dir", out,
-         "--no-repeated-aug"]
+            "0.1", "--distillation-type", "none", "--batch-size", str(8 // processes), "--epochs", "3",
+            "--stage-wise-epoch", "1", "--num_workers", "1" if processes == 1 else "0", "--model-ema-decay", "0.9",
+            "--lr", "0.01", "--save-every-steps", "1", "--skip-nonfinite", "50", "--resume", "auto", "--output_dir",
+            out, "--no-repeated-aug"]
+
 
 def start(arguments, processes, log):
     with socket.socket() as s:
@@ -73,9 +66,11 @@ def start(arguments, processes, log):
         children.append(pid)
     return children
 
+
 def finish(children):
     codes = [os.waitpid(child, 0)[1] for child in children]
     assert not any(codes), codes
+
 
 def kill(children):
     """Kills all that still run, with their data-loading workers; returns whether there were any."""
@@ -94,10 +89,12 @@ def kill(children):
         os.waitpid(child, 0)
     return bool(alive)
 
+
 def writes(out):
     """Whether a file of the run in `out` is half-written or not yet at its place."""
     return any(name.endswith(".partial") or name == "checkpoint.next.pth"
                for name in (os.listdir(out) if os.path.isdir(out) else []))
+
 
 def stop_inside_a_write(children, out):
     """Stops (SIGSTOP) the process that writes in the middle of a write; returns early where one of the run's ends
@@ -112,6 +109,7 @@ def stop_inside_a_write(children, out):
             os.kill(writer, signal.SIGCONT)
         time.sleep(0.0005)
 
+
 def differences(a, b, path=""):
     """Paths at which two nested values differ, tensors by every bit; times are passed over."""
     if isinstance(a, torch.Tensor):
@@ -125,6 +123,7 @@ def differences(a, b, path=""):
         return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, "{}/{}".format(path, i))]
     return [] if a == b else [path]
 
+
 def ends(folder):
     """[checkpoint, best checkpoint, log] of a finished run."""
     with open(os.path.join(folder, "log.txt")) as f:
@@ -136,6 +135,7 @@ def ends(folder):
         order = [p for group in optimizer["param_groups"] for p in group.pop("params")]
         optimizer["state"] = {order.index(p): state for p, state in optimizer["state"].items()}
     return checkpoints + [log]
+
 
 def compare(out, whole):
     """differences(...) of two runs' ends, by a fork, so that this process stays without threads; `out` is removed."""
@@ -152,6 +152,7 @@ def compare(out, whole):
         found = json.load(f)
     shutil.rmtree(out)
     return found
+
 
 def run(folder, data, processes, kills, seed):
     draw = random.Random(seed)
@@ -182,8 +183,9 @@ def run(folder, data, processes, kills, seed):
     with open(log) as f:
         left_out = f.read().count("Left out update")
     print(json.dumps({"killed": killed, "inside_a_write": partial, "runs": runs, "different": different[:20],
-        "epochs": len(entries), "damaged": [entry["damaged_images"] for entry in entries], "left_out": left_out,
-         "seconds": time.time() - began}))
+                      "epochs": len(entries), "damaged": [entry["damaged_images"] for entry in entries], "left_out": left_out,
+                      "seconds": time.time() - began}))
+
 
 if __name__ == "__main__":
     losses.DistillationLoss.forward = _sometimes_infinite
