@@ -2,9 +2,13 @@
 import os
 import shutil
 
-GROUPS = (("loss", ("train_loss", "test_loss", "test_ema_loss")), ("accuracy", ("test_acc1", "test_acc5",
-     "test_ema_acc1")), ("images_per_s", ("train_images_per_s", "test_images_per_s")), ("schedule", ("train_lr",
-     "loss_scale")), ("time", ("seconds", "train_seconds", "waiting_for_data", "mfu")), ("memory", ("peak_memory_mb",)))
+GROUPS = (
+    ("loss", ("train_loss", "test_loss", "test_ema_loss")),
+    ("accuracy", ("test_acc1", "test_acc5", "test_ema_acc1")),
+    ("images_per_s", ("train_images_per_s", "test_images_per_s")),
+    ("schedule", ("train_lr", "loss_scale")),
+    ("time", ("seconds", "train_seconds", "waiting_for_data", "mfu")),
+    ("memory", ("peak_memory_mb",)))
 
 
 class Scalars:

@@ -71,7 +71,7 @@ class Hosts:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self._names(host)[0]] + [str(word) for word in command], cwd=str(cwd), stdout=f,
                 stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-                env=dict(os.environ, GLOO_SOCKET_IFNAME="eth0", **dict(env)))
+                env=dict(os.environ, GLOO_SOCKET_IFNAME="eth0", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", **dict(env)))
         self.processes[host].append(process)
         return process
 

@@ -183,8 +183,8 @@ def run(folder, data, processes, kills, seed):
     with open(log) as f:
         left_out = f.read().count("Left out update")
     print(json.dumps({"killed": killed, "inside_a_write": partial, "runs": runs, "different": different[:20],
-                      "epochs": len(entries), "damaged": [entry["damaged_images"] for entry in entries], "left_out": left_out,
-                      "seconds": time.time() - began}))
+                      "epochs": len(entries), "damaged": [entry["damaged_images"] for entry in entries],
+                      "left_out": left_out, "seconds": time.time() - began}))
 
 
 if __name__ == "__main__":

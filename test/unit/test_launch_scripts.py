@@ -62,7 +62,8 @@ def check_outputs(checkout, printed, kind, processes, batch_size, out):
     assert (got["Network"], got["RankSize"], got["BatchSize"]) == ("Evo-LeViT", str(processes), str(batch_size))
     assert (got["DeviceType"], got["CaseName"]) == (platform.machine(), case)
     assert float(got["ActualFPS"]) == pytest.approx(summary["images_per_s"], abs=0.01) and float(got["ActualFPS"]) > 0
-    assert float(got["TrainingTime"]) == pytest.approx(1000 * batch_size * processes / float(got["ActualFPS"]), rel=0.01)
+    assert float(got["TrainingTime"]) == pytest.approx(
+        1000 * batch_size * processes / float(got["ActualFPS"]), rel=0.01)
     assert float(got["TrainAccuracy"]) == pytest.approx(summary["best_acc1"], abs=1e-3)
     assert float(got["ActualLoss"]) == pytest.approx(summary["train_loss"], abs=1e-4)
     assert int(got["E2ETrainingTime"]) >= summary["seconds"] - 1

@@ -1,6 +1,9 @@
 """A run on several machines, which are network namespaces here: whole, with one that dies, is cut off, comes back."""
+import errno
 import json
 import os
+import re
+import subprocess
 import sys
 import time
 
@@ -132,21 +135,69 @@ def test_a_machine_that_comes_back_takes_its_share_again(one_of_two, data, tmp_p
     assert [entry["epoch"] for entry in epochs(tmp_path / "0")] == list(range(len(epochs(tmp_path / "0"))))
 
 
-def test_a_machine_that_is_cut_off_ends_the_job_within_the_timeout(data, tmp_path):
+LOST = "error: training stopped: another process of the run does not answer"
+
+
+def start_both(hosts, data, tmp_path, epochs, name=""):
+    """([the Popen of either machine's process, which no torchrun starts anew], their logs)."""
+    logs = [tmp_path / "{}{}.log".format(name, host) for host in range(2)]
+    runs = [hosts.start(host, [sys.executable, commands.MAIN] + RECIPE + [
+        "--epochs", epochs, "--data-path", data, "--output_dir", tmp_path / str(host)], commands.ROOT, logs[host],
+        env=dict(RANK=str(host), LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR=hosts.address(0),
+                 MASTER_PORT="29400").items()) for host in range(2)]
+    return runs, logs
+
+
+def texts_after(fault, data, tmp_path, epochs=500):
+    """What the two machines printed: fault(the machines) comes after the first epoch, and both have to end with exit
+    code 1 within the timeout of half a minute, and time to end."""
     with Hosts(2) as hosts:
-        logs = [tmp_path / "{}.log".format(host) for host in range(2)]
-        command = [[sys.executable, commands.MAIN] + RECIPE + ["--epochs", 500, "--data-path", data, "--output_dir",
-                                                               tmp_path / str(host)] for host in range(2)]
-        runs = [hosts.start(host, command[host], commands.ROOT, logs[host], env=dict(
-            RANK=str(host), LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", MASTER_ADDR=hosts.address(0),
-            MASTER_PORT="29400").items()) for host in range(2)]
+        runs, logs = start_both(hosts, data, tmp_path, epochs)
         wait_for(logs[0], "Epoch 0 ", runs[0])
-        hosts.cut(1)
+        fault(hosts)
         start = time.monotonic()
         codes = wait(runs, 150)
         print("ended after {:.0f} s".format(time.monotonic() - start), codes)
-        assert all(codes) and time.monotonic() - start < 90  # half a minute, and time to end
-        for log in logs:
-            text = log.read_text()
-            assert "error: training stopped: another process of the run does not answer" in text, text
-            assert "Traceback" not in text
+        assert codes == [1, 1] and time.monotonic() - start < 90
+    found = [log.read_text() for log in logs]
+    assert not any("Traceback" in text for text in found), found
+    return found
+
+
+def test_a_machine_that_is_cut_off_ends_the_job_within_the_timeout(data, tmp_path):
+    for text in texts_after(lambda hosts: hosts.cut(1), data, tmp_path):
+        assert LOST in text, text
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """The second machine's output folder, a disk of its own that holds five checkpoints."""
+    folder = tmp_path / "1"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600m", "tmpfs", str(folder)]).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_on_one_machine_ends_the_job_and_loses_nothing(small_disk, uninterrupted, data, tmp_path):
+    """Then, with room again, both go on to the weights of a run without the fault, bit for bit."""
+    def fill(hosts):
+        with open(str(small_disk / "filler"), "wb", buffering=0) as f:
+            try:
+                while True:
+                    f.write(bytes(2 ** 20))
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+
+    first, second = texts_after(fill, data, tmp_path, epochs=4)
+    assert LOST in first and re.search("error: training stopped: {}/.* could not be written .No space left".format(
+        re.escape(str(small_disk))), second), second
+    assert len(epochs(tmp_path / "0")) < 4
+    (small_disk / "filler").unlink()
+    with Hosts(2) as hosts:
+        runs, logs = start_both(hosts, data, tmp_path, 4, "again")
+        assert wait(runs) == [0, 0], [log.read_text() for log in logs]
+    assert "Resuming " in logs[0].read_text()
+    for host in range(2):
+        same(weights(tmp_path / str(host)), weights(uninterrupted / "0"))

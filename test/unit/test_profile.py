@@ -37,6 +37,22 @@ def test_a_run_that_is_too_short_says_so(digit_folder, tmp_path):
     assert "Note: the run ended before --profile had 2 updates after the first 5" in out
 
 
+@pytest.mark.once
+def test_collectives_of_an_update_do_not_grow_with_the_processes(digit_folder, tmp_path):
+    """Four processes make as many as two; that the host waits once, at any number, is in test_npu.py."""
+    counts = {}
+    for processes in (2, 4):
+        out = tmp_path / str(processes)
+        commands.succeed(*RUN, "--profile", 3, "--max-steps", 8, "--data-path", digit_folder, "--output_dir", out,
+                         "--batch-size", 8 // processes, launch=list(commands.launchers(processes).values())[-1])
+        with open(str(out / "profile" / "trace.json")) as f:
+            names = [str(event.get("name")) for event in json.load(f)["traceEvents"] if event.get("ph") == "X"]
+        counts[processes] = {name: names.count(name) / 3 for name in sorted(set(names))
+                             if name.startswith("c10d::")}
+    # one sum of how the loss is, and DDP's buckets: the first of at most 1 MiB, the others of 25
+    assert counts[2] == counts[4] == {"c10d::allreduce_": 4}
+
+
 @pytest.mark.skipif(TORCH >= (2, 1), reason="this PyTorch profiles")
 def test_a_pytorch_without_one_ends_in_a_sentence(digit_folder, tmp_path):
     code, out, err = commands.run([sys.executable, commands.MAIN] + commands.SMALL + list(
