@@ -21,7 +21,8 @@ from PIL import Image
 
 from datasets import PictureFiles, build_dataset, build_transform
 from runtime.errors import RunFailed
-from runtime.keeping.files import write_json
+from runtime.keeping.files import write_json, write_whole
+from runtime.pictures import page
 from runtime.pictures.batches import TrainingView, collate
 from runtime.pictures.found import Found, Names, Sign
 from runtime.pictures.index import Index
@@ -132,7 +133,7 @@ def measure(root: str, images: int, steps: int) -> dict:
             "worker_pictures": 256 * len(readings)}
 
 
-def table(sizes, steps: int, json_file=None):
+def table(sizes, steps: int, json_file=None, plot_file=None):
     """Prints a row for each of the sizes."""
     with open("/proc/cpuinfo") as f:
         lines = [line.split(":", 1) for line in f if ":" in line]
@@ -157,6 +158,26 @@ def table(sizes, steps: int, json_file=None):
               flush=True)
     if json_file:
         write_json(json_file, {"machine": about.get("model name"), "rows": rows})
+    if plot_file:
+        write_whole(plot_file, lambda f: f.write(draw(rows)))
+
+
+def draw(rows) -> bytes:
+    """An SVG of the `rows`' memory over the number of pictures: the main process, and how much a worker grew."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 3))
+    axis = figure.subplots()
+    images = [row["images"] for row in rows]
+    for name, marker, label in (("main_mib", "o", "main process in an epoch, over its imports"),
+                                ("worker_grows_mib", "s", "growth of a worker")):
+        axis.plot(images, [max(row[name], 0.1) for row in rows], marker=marker, label=label)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("pictures in the data set")
+    axis.set_ylabel("private memory, MiB")
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)
+    return page.draw(figure, "svg")
 
 
 def get_args_parser():
@@ -166,6 +187,7 @@ def get_args_parser():
     parser.add_argument("--batches", type=command.positive, default=500, metavar="N",
                         help="batches of 256 over which the sampler's time and a worker's growth are measured")
     parser.add_argument("--json", type=command.path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--plot", type=command.path, metavar="FILE.svg", help="draw the memory there")
     parser.add_argument("--measure", metavar="DIR", help=command.argparse.SUPPRESS)
     return parser
 
@@ -174,7 +196,7 @@ def run(args):
     if args.measure:
         print(json.dumps(measure(args.measure, args.images[0], args.batches)))
     else:
-        table(args.images, args.batches, args.json)
+        table(args.images, args.batches, args.json, args.plot)
 
 
 if __name__ == "__main__":

@@ -107,8 +107,10 @@ def test_mistakes_end_in_one_sentence(flags, sentence, capsys):
 
 def test_the_cost_of_a_data_set_without_its_pictures(tmp_path):
     code, out, err = commands.run([sys.executable, "-m", "bench.data", "--images", 2560, 5120, "--batches", 8, "--json",
-                                   tmp_path / "figures.json"])
+                                   tmp_path / "figures.json", "--plot", tmp_path / "memory.svg"])
     assert code == 0, out + err
+    svg = (tmp_path / "memory.svg").read_text()
+    assert "<svg" in svg and "growth of a worker" in svg and "private memory, MiB" in svg
     with open(str(tmp_path / "figures.json")) as f:
         rows = json.load(f)["rows"]
     assert [row["images"] for row in rows] == [2560, 5120] and out.count("\n|") == 4 and ", family " in out
