@@ -3,6 +3,10 @@ import platform
 import statistics
 
 from evo_vit import compat
+
+# isort: split
+import torch
+
 from flags import PUBLISHED_EPOCHS, global_batch, published_global_batch, scaled_lr
 from runtime.learning.models import default_input_size, is_evo_name
 from runtime.machine.cost import count_macs
@@ -15,8 +19,10 @@ def describe(model, args, machine):
     macs = count_macs(model, args.input_size)
     machine.say("Model: {}, {:,} parameters, {:,.1f} M FLOPs (multiply-adds) for an image of {} pixels".format(
         args.model, sum(p.numel() for p in model.parameters()), macs / 1e6, args.input_size))
-    machine.say("Device: {} x {}, precision {}, torch {torch}, torchvision {torchvision}, timm {timm}".format(
-        machine.device.type, machine.world.size, machine.precision.name, **compat.versions()))
+    threads = torch.get_num_threads()
+    machine.say("Device: {} x {}, precision {}, torch {torch}, torchvision {torchvision}, timm {timm}{}".format(
+        machine.device.type, machine.world.size, machine.precision.name, "; {} thread{} a process".format(
+            threads, "" if threads == 1 else "s") if machine.device.type == "cpu" else "", **compat.versions()))
     if machine.world.launcher:
         machine.say("Processes: as {} says".format(machine.world.launcher))
     notice = compat.untested_notice()

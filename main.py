@@ -54,6 +54,7 @@ from runtime.machine.machine import Machine
 from runtime.machine.precision import build_precision
 from runtime.machine.profiling import profiled
 from runtime.machine.randomness import seed_everything
+from runtime.machine.threads import share_cores
 from samplers import Feed
 
 # ----------------------------------------------------------------------------------------------------- builders
@@ -341,6 +342,7 @@ def run(args, given):
     device = devices.select_device(args.device, world.local_rank, world.local_size, args.device_id, say)
     if device.type == "cpu":
         devices.keep_freed_memory()
+        share_cores(world.local_size)
     precision = build_precision(device, args.amp_backend, args.opt_level, args.loss_scale, args.amp_dtype)
     channels_last = versions.prefers_channels_last(device.type) if args.channels_last is None else args.channels_last
     machine, timeout = Machine(device, world, precision, channels_last), timedelta(minutes=args.dist_timeout)

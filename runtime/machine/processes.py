@@ -39,13 +39,15 @@ class _Launcher(NamedTuple):
     job: List[str] = []  # what tells two jobs on a machine apart
 
 
-_LAUNCHERS = (_Launcher("torchrun", "RANK", ["WORLD_SIZE"], ["LOCAL_RANK"], ["LOCAL_WORLD_SIZE"]),
+_LAUNCHERS = (
+    _Launcher("torchrun", "RANK", ["WORLD_SIZE"], ["LOCAL_RANK"], ["LOCAL_WORLD_SIZE"]),
     _Launcher("mpirun (Open MPI)", "OMPI_COMM_WORLD_RANK", ["OMPI_COMM_WORLD_SIZE"], ["OMPI_COMM_WORLD_LOCAL_RANK"],
-    ["OMPI_COMM_WORLD_LOCAL_SIZE"], ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"]), _Launcher("srun (SLURM)",
-     "SLURM_PROCID", ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"], ["SLURM_LOCALID"],
-    ["SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE"], ["SLURM_JOB_ID", "SLURM_JOBID"]),
-     _Launcher("mpirun (MPICH, Intel MPI)", "PMI_RANK", ["PMI_SIZE"], ["MPI_LOCALRANKID"], ["MPI_LOCALNRANKS"]),
-     _Launcher("Huawei's RANK_ID and RANK_SIZE", "RANK_ID", ["RANK_SIZE"], ["DEVICE_ID"], []),)
+              ["OMPI_COMM_WORLD_LOCAL_SIZE"], ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"]),
+    _Launcher("srun (SLURM)", "SLURM_PROCID", ["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"],
+              ["SLURM_LOCALID"], ["SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE", "SLURM_TASKS_PER_NODE"],
+              ["SLURM_JOB_ID", "SLURM_JOBID"]),
+    _Launcher("mpirun (MPICH, Intel MPI)", "PMI_RANK", ["PMI_SIZE"], ["MPI_LOCALRANKID"], ["MPI_LOCALNRANKS"]),
+    _Launcher("Huawei's RANK_ID and RANK_SIZE", "RANK_ID", ["RANK_SIZE"], ["DEVICE_ID"], []))
 TORCHRUN = "torchrun --nproc_per_node=N main.py ..."
 HUAWEI_CARDS = 8  # on a server, where nothing says how many processes it has
 

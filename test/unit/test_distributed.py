@@ -103,3 +103,16 @@ def accuracy(printed):
     """[top-1, top-5, loss] that --eval printed."""
     line = [line for line in printed.splitlines() if line.startswith("Acc@1")][0]
     return [float(figure.split()[1]) for figure in line.split("  ")[:3]]
+
+
+@pytest.mark.parametrize("users, expected", [(None, 4), ("1", 1), ("2", 2)])
+def test_a_process_takes_its_share_of_the_cores_unless_the_user_says_how_many_threads(users, expected, monkeypatch):
+    """Of eight cores two processes take four each; PyTorch's launchers would leave each with one."""
+    if users is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", users)
+    for name, launch in commands.launchers(2).items():
+        code, out, err = commands.helper("print_threads", launch=launch)
+        assert code == 0, err
+        assert out.count("threads:{}".format(expected)) == 2, (name, out)
