@@ -31,7 +31,7 @@ find_python() {
 make_venv() {
     local dir=$1 line=$2 extra=${3:-} python want
     line_needs "$line"
-    want="$torch $(cat "$requirements" ${extra:+"$extra"})"
+    want="$torch $(cat "$requirements" dependencies.txt ${extra:+"$extra"})"  # what the file names, or what it refers to
     if [ "$(cat "$dir/.installed" 2>/dev/null)" = "$want" ]; then
         return
     fi
