@@ -3,6 +3,7 @@ import platform
 import statistics
 
 from evo_vit import compat
+from evo_vit.race import choose_linear
 
 # isort: split
 import torch
@@ -19,16 +20,25 @@ def describe(model, args, machine):
     macs = count_macs(model, args.input_size)
     machine.say("Model: {}, {:,} parameters, {:,.1f} M FLOPs (multiply-adds) for an image of {} pixels".format(
         args.model, sum(p.numel() for p in model.parameters()), macs / 1e6, args.input_size))
-    threads = torch.get_num_threads()
     machine.say("Device: {} x {}, precision {}, torch {torch}, torchvision {torchvision}, timm {timm}{}".format(
-        machine.device.type, machine.world.size, machine.precision.name, "; {} thread{} a process".format(
-            threads, "" if threads == 1 else "s") if machine.device.type == "cpu" else "", **compat.versions()))
+        machine.device.type, machine.world.size, machine.precision.name, _on_cpu(args, machine), **compat.versions()))
     if machine.world.launcher:
         machine.say("Processes: as {} says".format(machine.world.launcher))
     notice = compat.untested_notice()
     if notice:
         machine.say("Warning: " + notice)
     return macs
+
+
+def _on_cpu(args, machine):
+    """What else the speed of a CPU depends on."""
+    if machine.device.type != "cpu":
+        return ""
+    threads = torch.get_num_threads()
+    text = "; {} thread{} a process".format(threads, "" if threads == 1 else "s")
+    if is_evo_name(args.model) and machine.precision.name == "float32":
+        text += ", linear maps {}".format(choose_linear())
+    return text
 
 
 def describe_training(args, machine, images, updates):

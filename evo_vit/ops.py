@@ -2,6 +2,7 @@
 import torch
 from torch import nn
 
+from . import race
 from .compat import TORCH, is_exported, is_traced
 
 ATTENTION_CHUNK = 2 ** 21  # elements: attention matrices of 8 MB at a time stay in a CPU's caches
@@ -87,24 +88,11 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float):
 
 # --------------------------------------------------------------------------------------------- linear maps
 
-# --- On AMD's CPUs the library behind PyTorch's float32 matrix products keeps to AVX2, while the one behind its
-# convolutions uses AVX-512 where there is such: twice as fast there. Older PyTorch has other convolutions.
-def _is_amd_cpu():
-    try:
-        with open("/proc/cpuinfo") as f:
-            return "AuthenticAMD" in f.read()
-    except OSError:
-        return False
-
-
-_LINEAR_BY_CONVOLUTION = TORCH >= (2, 4) and torch.backends.mkldnn.is_available() and _is_amd_cpu()
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor = None) -> torch.Tensor:
-    """torch.nn.functional.linear, (..., C_in) -> (..., C_out), as a 1x1 convolution where that is faster."""
-    by_convolution = _LINEAR_BY_CONVOLUTION and x.device.type == "cpu" and x.dtype is torch.float32
-    if not by_convolution or torch.is_autocast_enabled("cpu") or is_exported():
-        return nn.functional.linear(x, weight, bias)
-    rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, C_in, rows, 1), channels last
-    y = nn.functional.conv2d(rows, weight[:, :, None, None], bias)
-    return y.permute(0, 2, 3, 1).reshape(x.shape[:-1] + weight.shape[:1])
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor = None,
+           by_convolution: bool = False) -> torch.Tensor:
+    """torch.nn.functional.linear, (..., C_in) -> (..., C_out); by_convolution: float32 on a CPU as a 1x1 convolution,
+    which is never written down for other machines."""
+    if by_convolution and x.device.type == "cpu" and x.dtype is torch.float32 and not (
+            torch.is_autocast_enabled("cpu") or is_exported()):
+        return race.convolution(x, weight, bias)
+    return race.matmul(x, weight, bias)

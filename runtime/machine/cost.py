@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from evo_vit.ops import linear
+from evo_vit.race import choose_linear
 
 from .devices import synchronize
 
@@ -42,10 +43,11 @@ def measure_matmul_rate(device: torch.device, dtype=None, size: int = 2048, seco
     that the models take, the best of what fits into `seconds` after a first one. dtype: None for float32."""
     a = torch.randn(size, size).to(device=device, dtype=dtype or torch.float32)
     best, start = float("inf"), None
+    by_convolution = choose_linear().way == "convolution"
     while start is None or time.perf_counter() - start < seconds:
         synchronize(device)
         begin = time.perf_counter()
-        linear(a, a)
+        linear(a, a, by_convolution=by_convolution)
         synchronize(device)
         taken = time.perf_counter() - begin
         if start is None:
