@@ -4,6 +4,7 @@ python benchmark.py inference --compare EvoLeViT_256,plain EvoLeViT_256,fuse lev
 python benchmark.py train     --compare EvoLeViT_256,plain EvoLeViT_256 EvoLeViT_256,compile
 python benchmark.py loader    --compare plain recipe
 python benchmark.py breakdown --compare EvoLeViT_256
+python benchmark.py report    (all tables, about 40 minutes; --quick: 5)
 
 A contender is a model of timm's registry and, behind commas, how it runs:
   plain          bench/plain.py: the paper's equations and the published step, written down without a thought of speed;
@@ -39,7 +40,7 @@ from runtime import command  # first: it makes torchvision importable on a CPU-o
 import torch
 
 import engine
-from bench import contenders, tradeoff
+from bench import contenders, report, tradeoff
 from evo_vit.compat import versions
 from runtime.errors import UserError
 from runtime.keeping.files import write_json, write_text
@@ -57,7 +58,8 @@ FLAGS = ("compile", "channels-last", "amp", "fuse")
 def get_args_parser():
     parser = command.Parser(prog="python benchmark.py", description=__doc__, **command.RAW_DESCRIPTION)
     add = parser.add_argument
-    add("task", choices=sorted(TASKS), help="what to measure")
+    add("task", choices=sorted(TASKS) + ["report"], help="what to measure; report: all tables, as a page of this "
+        "machine in docs/performance")
     add("--compare", nargs="+", metavar="CONTENDER", help="the first is the one that the others are compared with "
         "(default: {})".format("; ".join("for {} {}".format(task, " ".join(names)) for task,
         names in sorted(TASKS.items()))))
@@ -81,6 +83,8 @@ def get_args_parser():
     add("--data-path", type=command.path, metavar="DIR", help="its validation pictures (default: where training found "
         "them)")
     add("--plot", type=command.path, metavar="FILE", help="with --keep-ratio: write the table and the curve as a page")
+    add("--quick", action="store_true", help="report: fewer rounds, and without the compiler")
+    add("--output", type=command.path, metavar="DIR", help="report: where the page goes, docs/performance if not given")
     add("--only-memory", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -147,18 +151,26 @@ def compare(args, texts, batch, size, device, folder, rate):
     return rows
 
 
-def show(rows):
-    """Prints the rows as a Markdown table."""
-    print("| contender | batch | pixels | ms (min-max) | images/s | ratio (min-max) | GFLOPs | of matmul rate | peak "
-        "MiB |")
-    print("|---|---|---|---|---|---|---|---|---|")
+def table(rows):
+    """The lines of a Markdown table of `rows`: contenders, or the parts of a step."""
+    if "part" in rows[0]:
+        return ["| part of a step of {contender} | ms | share |".format(**rows[0]), "|---|---|---|"] + [
+            "| {part} | {milliseconds:.1f} | {share:.1%} |".format(**row) for row in rows]
+    lines = ["| contender | batch | pixels | ms (min-max) | images/s | ratio (min-max) | GFLOPs | of matmul rate "
+             "| peak MiB |", "|---|---|---|---|---|---|---|---|---|"]
     number = lambda value, form: "-" if value is None else form.format(value)  # noqa: E731
     for row in rows:
-        print("| {contender} | {batch_size} | {input_size} | {milliseconds:.1f} "
-            "({milliseconds_min:.1f}-{milliseconds_max:.1f}) | {images_per_s:.1f} | {ratio:.2f} "
-            "({ratio_min:.2f}-{ratio_max:.2f}) | {flops} | {share} | {memory} |".format(flops=number(row["gflops"],
-             "{:.1f}"), share=number(row["of_matmul_rate"], "{:.0%}"), memory=number(row["peak_memory_mb"], "{:.0f}"),
-             **row), flush=True)
+        lines.append("| {contender} | {batch_size} | {input_size} | {milliseconds:.1f} "
+                     "({milliseconds_min:.1f}-{milliseconds_max:.1f}) | {images_per_s:.1f} | {ratio:.2f} "
+                     "({ratio_min:.2f}-{ratio_max:.2f}) | {flops} | {share} | {memory} |".format(
+                         flops=number(row["gflops"], "{:.1f}"), share=number(row["of_matmul_rate"], "{:.0%}"),
+                         memory=number(row["peak_memory_mb"], "{:.0f}"), **row))
+    return lines
+
+
+def show(rows):
+    """Prints the rows as a Markdown table."""
+    print("\n".join(table(rows)), flush=True)
 
 
 class Stopwatch:
@@ -236,25 +248,24 @@ def measure(args):
         print(peak_memory_mb(device))
         return None
     rate = measure_matmul_rate(device)
-    report = {"task": args.task, "device": device.type, "threads": torch.get_num_threads(),
+    figures = {"task": args.task, "device": device.type, "threads": torch.get_num_threads(),
         "torch": versions()["torch"], "matmul_gflops_per_s": rate / 1e9, "rows": []}
     print(
         "{device}, {threads} threads, torch {torch}, float32 matrix products {matmul_gflops_per_s:.0f} GFLOP/s".format(
-        **report))
+        **figures))
     with contenders.photos(*args.photo_size) if args.task in ("loader", "breakdown") else nullcontext() as folder:
         if args.task == "breakdown":
             for text in texts:
-                rows = break_down(args, text, args.batch_size[0], sizes[0], device, folder)
-                print("| part of a step of {} | ms | share |\n|---|---|---|".format(text))
-                for row in rows:
-                    print("| {part} | {milliseconds:.1f} | {share:.1%} |".format(**row))
-                report["rows"] += [dict(row, contender=text) for row in rows]
-            return report
+                rows = [dict(row, contender=text)
+                        for row in break_down(args, text, args.batch_size[0], sizes[0], device, folder)]
+                show(rows)
+                figures["rows"] += rows
+            return figures
         for batch, size in itertools.product(args.batch_size, sizes):
             rows = compare(args, texts, batch, size, device, folder, rate)
             show(rows)
-            report["rows"] += rows
-    return report
+            figures["rows"] += rows
+    return figures
 
 
 def add_accuracy(args, rows):
@@ -272,18 +283,21 @@ def add_accuracy(args, rows):
 
 
 def run(args):
+    if args.task == "report":
+        report.report(select_device(args.device), args.quick, table, args.output)
+        return
     if args.plot:
         command.need("--plot", "matplotlib")
-    report = measure(args)
-    if args.keep_ratio and report is not None:
-        add_accuracy(args, report["rows"])
+    figures = measure(args)
+    if args.keep_ratio and figures is not None:
+        add_accuracy(args, figures["rows"])
         if args.plot:
-            title = "Speed and accuracy over the keep ratio ({}, {} threads)".format(report["device"],
-                report["threads"])
-            write_text(args.plot, tradeoff.draw(report["rows"], title))
+            title = "Speed and accuracy over the keep ratio ({}, {} threads)".format(figures["device"],
+                                                                                     figures["threads"])
+            write_text(args.plot, tradeoff.draw(figures["rows"], title))
             print("{} shows the curve".format(args.plot))
-    if args.json and report is not None:
-        write_json(args.json, report)
+    if args.json and figures is not None:
+        write_json(args.json, figures)
 
 
 def main(argv=None):

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from datasets import PictureFiles, build_dataset, build_transform
+from evo_vit.race import processor
 from runtime.errors import RunFailed
 from runtime.keeping.files import write_json, write_whole
 from runtime.pictures import page
@@ -135,11 +136,7 @@ def measure(root: str, images: int, steps: int) -> dict:
 
 def table(sizes, steps: int, json_file=None, plot_file=None):
     """Prints a row for each of the sizes."""
-    with open("/proc/cpuinfo") as f:
-        lines = [line.split(":", 1) for line in f if ":" in line]
-    about = {key.strip(): value.strip() for key, value in reversed(lines)}
-    print("{}, family {}, model {}, {} cores, torch {}".format(about.get("model name"), about.get("cpu family"),
-          about.get("model"), os.cpu_count(), torch.__version__))
+    print("{}, {} cores, torch {}".format(processor(), os.cpu_count(), torch.__version__))
     print("| pictures | index read, s | first batch of 256, s | sampler: first, s | a batch, ms | main process in an "
           "epoch, over its imports, MiB | a worker at its start, MiB | its growth (over pictures), MiB |\n"
           + "|---" * 8 + "|")
@@ -157,7 +154,7 @@ def table(sizes, steps: int, json_file=None, plot_file=None):
               "{main_mib:.0f} | {worker_mib:.0f} | {worker_grows_mib:.1f} ({worker_pictures:,}) |".format(**row),
               flush=True)
     if json_file:
-        write_json(json_file, {"machine": about.get("model name"), "rows": rows})
+        write_json(json_file, {"machine": processor(), "rows": rows})
     if plot_file:
         write_whole(plot_file, lambda f: f.write(draw(rows)))
 

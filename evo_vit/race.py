@@ -84,19 +84,18 @@ def _race(threads):
     return _keep(threads, rates)
 
 
-def _machine():
-    """What processor this is, in words."""
+def processor() -> str:
+    """What processor this is: "AMD EPYC, family 25, model 1", or as much as is known."""
     try:
         with open("/proc/cpuinfo") as f:
             about = dict(reversed([[word.strip() for word in line.split(":", 1)] for line in f if ":" in line]))
-        name = " ".join(about.get(key, "") for key in ("model name", "cpu family", "model")).strip()
-    except OSError:
-        name = ""
-    return name or platform.processor() or platform.machine()
+        return "{model name}, family {cpu family}, model {model}".format(**about)
+    except (OSError, KeyError):  # another system, or another make
+        return platform.processor() or platform.machine()
 
 
 def _file(threads):
-    key = "{}, {} threads, torch {}".format(_machine(), threads, torch.__version__)
+    key = "{}, {} threads, torch {}".format(processor(), threads, torch.__version__)
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(os.path.join("~", ".cache"))
     return os.path.join(folder, "evo_vit", "linear-{:08x}.json".format(zlib.crc32(key.encode())))
 
@@ -119,7 +118,7 @@ def _keep(threads, rates):
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(partial, "w") as f:
-            json.dump(dict(rates, machine=_machine(), threads=threads, torch=torch.__version__), f, indent=1)
+            json.dump(dict(rates, machine=processor(), threads=threads, torch=torch.__version__), f, indent=1)
         try:
             os.link(partial, path)  # fails where there is one
         except FileExistsError:

@@ -6,6 +6,7 @@ import commands
 import pytest
 
 import benchmark
+from bench import report
 from runtime.machine.compiling import can_compile
 from runtime.machine.versions import has_autocast
 
@@ -23,9 +24,9 @@ def measure(tmp_path, task, *flags):
 
 
 def test_inference_compares_contenders_at_every_batch_and_size(tmp_path):
-    report, out = measure(tmp_path, "inference", "--input-size", 64, 96, "--batch-size", 1, 3, "--compare",
+    figures, out = measure(tmp_path, "inference", "--input-size", 64, 96, "--batch-size", 1, 3, "--compare",
                           "EvoLeViT_128S,plain", "EvoLeViT_128S,fuse", "EvoLeViT_128S,dense", "regnety_002")
-    rows = report["rows"]
+    rows = figures["rows"]
     assert [(r["batch_size"], r["input_size"]) for r in rows[::4]] == [(1, 64), (1, 96), (3, 64), (3, 96)]
     for plain, fused, dense, other in zip(*[iter(rows)] * 4):
         assert plain["ratio"] == plain["ratio_min"] == plain["ratio_max"] == 1
@@ -40,40 +41,41 @@ def test_inference_compares_contenders_at_every_batch_and_size(tmp_path):
 @pytest.mark.slow
 def test_training_step_memory_and_breakdown(tmp_path):
     train = ["train", "--input-size", 64, "--compare"]
-    report, _ = measure(tmp_path, *train + \
+    figures, _ = measure(tmp_path, *train + \
                         ["EvoLeViT_128S,plain,teacher=regnety_002", "EvoLeViT_128S,stored", "--memory"])
-    plain, stored = report["rows"]
-    assert all(100 < row["peak_memory_mb"] < 4000 for row in report["rows"])
-    report, _ = measure(tmp_path, *train + \
+    plain, stored = figures["rows"]
+    assert all(100 < row["peak_memory_mb"] < 4000 for row in figures["rows"])
+    figures, _ = measure(tmp_path, *train + \
                         ["EvoLeViT_128S,teacher=regnety_002,teacher-size=32", "EvoLeViT_128S,teacher=none"])
-    small, none = report["rows"]
+    small, none = figures["rows"]
     assert plain["gflops"] > small["gflops"] > stored["gflops"] == none["gflops"]
-    report, _ = measure(tmp_path, "breakdown", "--input-size", 64, "--compare", "EvoLeViT_128S,teacher=regnety_002")
-    shares = {row["part"]: row["share"] for row in report["rows"]}
+    figures, _ = measure(tmp_path, "breakdown", "--input-size", 64, "--compare", "EvoLeViT_128S,teacher=regnety_002")
+    shares = {row["part"]: row["share"] for row in figures["rows"]}
     assert set(shares) == {"data (one core)", "transfer, normalisation", "teacher forward", "student forward", "loss",
                            "backward", "clipping", "optimiser", "average"}
     assert sum(shares.values()) == pytest.approx(1) and all(share > 0 for share in shares.values())
 
 
 def test_loader_makes_the_pictures_of_either_pipeline(tmp_path):
-    report, _ = measure(tmp_path, "loader", "--input-size", 64, "--photo-size", 160, 120,
+    figures, _ = measure(tmp_path, "loader", "--input-size", 64, "--photo-size", 160, 120,
                         "--compare", "plain", "recipe", "recipe,normalized", "recipe,once,draft")
-    assert [row["contender"] for row in report["rows"]] == ["plain", "recipe", "recipe,normalized", "recipe,once,draft"]
-    assert all(row["gflops"] is None and row["images_per_s"] > 0 for row in report["rows"])
+    assert [row["contender"] for row in figures["rows"]] == ["plain", "recipe", "recipe,normalized",
+                                                             "recipe,once,draft"]
+    assert all(row["gflops"] is None and row["images_per_s"] > 0 for row in figures["rows"])
 
 
 @pytest.mark.skipif(not has_autocast("cpu"), reason="this PyTorch has no mixed precision on a CPU")
 def test_flags_hold_for_every_contender(tmp_path):
-    report, _ = measure(tmp_path, "inference", "--input-size", 64, "--amp", "--fuse", "--compare", "EvoLeViT_128S")
-    assert report["rows"][0]["contender"] == "EvoLeViT_128S,amp,fuse"
+    figures, _ = measure(tmp_path, "inference", "--input-size", 64, "--amp", "--fuse", "--compare", "EvoLeViT_128S")
+    assert figures["rows"][0]["contender"] == "EvoLeViT_128S,amp,fuse"
 
 
 def test_one_set_of_weights_at_many_speeds(tmp_path, student):
     """The trade between speed and accuracy, from one command."""
     path = student[0] + "/checkpoint.pth"
-    report, out = measure(tmp_path, "inference", "--input-size", 96, "--keep-ratio", 1, 0.5, 0.2, "--compare",
+    figures, out = measure(tmp_path, "inference", "--input-size", 96, "--keep-ratio", 1, 0.5, 0.2, "--compare",
          "EvoLeViT_128S,fuse", "--resume", path, "--plot", tmp_path / "curve.html")
-    rows = report["rows"]
+    rows = figures["rows"]
     assert [row["keep_ratio"] for row in rows] == [1, 0.5, 0.2] and {row["model"]
         for row in rows} == {"EvoLeViT_128S,fuse"}
     assert rows[0]["gflops"] > rows[1]["gflops"] > rows[2]["gflops"] and all(0 <= row["acc1"] <= 100 for row in rows)
@@ -103,6 +105,30 @@ def test_mistakes_end_in_one_sentence(flags, sentence, capsys):
         benchmark.main(flags + ["--device", "cpu"])
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.count("\n") == 1 and sentence in err, err
+
+
+def test_the_report_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
+    small = ["inference", "--input-size", "64", "--batch-size", "2"]
+    names = ["EvoLeViT_128S,plain", "EvoLeViT_128S,fuse"]
+    targets = {names[1]: ("inference", 0.001)}, {names[1]: ("the same again", 1000)}
+    tables = [report.Table("First", small, names, targets[0]), report.Table("Parts", ["breakdown"], ["EvoLeViT_12"])]
+    monkeypatch.setattr(report, "TABLES", tables)
+    flags = ["report", "--quick", "--device", "cpu", "--output", str(tmp_path)]
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(flags)
+    assert end.value.code == 1 and "the tables before it are kept" in capsys.readouterr().err
+    page, = tmp_path.glob("*.md")
+    first = page.read_text()
+    assert first.startswith("# ") and "| inference | 0.001 |" in first and "| met |" in first
+    monkeypatch.setattr(report, "TABLES", [tables[0], report.Table("Second", small, names + [
+        "EvoLeViT_128S,fuse,compile"], targets[1])])
+    benchmark.main(flags)
+    assert "1 of 2" not in capsys.readouterr().out
+    second = page.read_text()
+    one, other = (text.split("## First")[1].split("## ")[0].strip() for text in (first, second))
+    assert one == other
+    assert "| the same again | 1000 |" in second and "**missed**" in second
+    assert second.count("| EvoLeViT_128S,fuse | 2 | 64 |") == 2 and "compile" not in second  # --quick
 
 
 def test_the_cost_of_a_data_set_without_its_pictures(tmp_path):
