@@ -6,6 +6,7 @@ is in `torch_npu.double`: counts of operators, copies and waits.
 import contextlib
 import io
 import os
+import time
 
 import torch
 
@@ -13,6 +14,16 @@ with contextlib.redirect_stderr(io.StringIO()):  # a CUDA build of PyTorch misse
     import torch.utils.cpp_extension
 
 torch.utils.rename_privateuse1_backend("npu")
+
+
+def _forget_a_killed_build(name):
+    """Its lock would be waited for without end."""
+    lock = os.path.join(torch.utils.cpp_extension._get_build_directory(name, verbose=False), "lock")
+    if os.path.exists(lock) and time.time() - os.path.getmtime(lock) > 600:
+        os.remove(lock)
+
+
+_forget_a_killed_build("npu_double_backend")
 double = torch.utils.cpp_extension.load(
     "npu_double_backend", [os.path.join(os.path.dirname(os.path.abspath(__file__)), "backend.cpp")],
     extra_cflags=["-O1", "-Wno-deprecated-declarations"])
