@@ -20,35 +20,10 @@ EVALUATION = ("model", "input_size", "data_set", "data_path", "inat_category", "
               "keep_ratio")
 # what belongs to a run of the command and not to the recipe: --resume leaves it to the command line
 RUN = {
-    "amp_backend",
-    "amp_dtype",
-    "channels_last",
-    "compile",
-    "device",
-    "device_id",
-    "dist_eval",
-    "dist_timeout",
-    "dist_url",
-    "eval",
-    "eval_ema",
-    "export_weights",
-    "finetune",
-    "index_cache",
-    "local_rank",
-    "loss_scale",
-    "max_steps",
-    "num_workers",
-    "opt_level",
-    "output_dir",
-    "pin_mem",
-    "profile",
-    "resume",
-    "save_every_minutes",
-    "save_every_steps",
-    "start_epoch",
-    "tensorboard",
-    "world_size",
-     "write_teacher_labels"}
+    "amp_backend", "amp_dtype", "channels_last", "compile", "device", "device_id", "dist_eval", "dist_timeout",
+    "dist_url", "eval", "eval_ema", "export_weights", "finetune", "index_cache", "local_rank", "loss_scale",
+    "max_steps", "num_workers", "opt_level", "output_dir", "pin_mem", "profile", "resume", "save_every_minutes",
+    "save_every_steps", "start_epoch", "tensorboard", "world_size", "write_teacher_labels"}
 IMPLIED = {"image_backend": "pillow"}  # what is meant by files that are older than these flags
 FIXED = ("model", "opt")  # what a checkpoint's weights and moments belong to
 
@@ -130,19 +105,8 @@ def places_in(checkpoint: Checkpoint, classes: List[str]) -> Optional[List[int]]
 
 # what may differ from process to process
 _OWN = {
-    "data_path",
-    "device_id",
-    "dist_url",
-    "export_weights",
-    "finetune",
-    "index_cache",
-    "local_rank",
-    "num_workers",
-    "output_dir",
-    "resume",
-    "teacher_labels",
-    "teacher_path",
-     "world_size"}
+    "data_path", "device_id", "dist_url", "export_weights", "finetune", "index_cache", "local_rank", "num_workers",
+    "output_dir", "resume", "teacher_labels", "teacher_path", "world_size"}
 
 
 def need_same_everywhere(settings: dict, data, agreement: Agreement):
