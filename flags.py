@@ -22,11 +22,11 @@ PUBLISHED_GLOBAL_BATCH = {224: 2048, 384: 1024}  # of Evo-LeViT, by image size: 
 
 def get_args_parser():
     """All flags, with the defaults of the published recipe."""
-    parser = command.Parser(prog="python main.py", description="Evo-LeViT and Evo-DeiT training and evaluation. With "
-        "--eval and --resume, what the command line leaves open is as in the checkpoint; what neither says is the "
-        "default, which for Evo-DeiT is its own published recipe: {}.".format(
-        ", ".join("--{} {:g}".format(k.replace("_", "-"), v) if k != "distillation_type" else "--distillation-type none"
-         for k, v in _EVO_DEIT.items())))
+    own = ", ".join("--{} {}".format(name.replace("_", "-"), value) for name, value in _EVO_DEIT.items())
+    parser = command.Parser(
+        prog="python main.py", description="Evo-LeViT and Evo-DeiT training and evaluation. With --eval and --resume, "
+        "what the command line leaves open is as in the checkpoint; what neither says is the default, which for "
+        "Evo-DeiT is its own published recipe: {}.".format(own))
 
     add = parser.add_argument_group("data").add_argument
     add("--data-path", "--data_path", type=path, metavar="DIR",

@@ -24,11 +24,13 @@ class Curve(NamedTuple):
     log_scale: bool = False
 
 
-CURVES = (Curve("Loss", "", {"train_loss": "training", "test_loss": "validation",
-    "test_ema_loss": "validation of the average"}), Curve("Accuracy", "%", {"test_acc1": "top-1", "test_acc5": "top-5",
-     "test_ema_acc1": "top-1 of the average"}), Curve("Learning rate", "", {"train_lr": "learning rate"}),
-    Curve("Images/s", "", {"train_images_per_s": "training", "test_images_per_s": "evaluation"}), Curve("Loss scale",
-    "", {"loss_scale": "loss scale"}, log_scale=True),)
+CURVES = (
+    Curve("Loss", "", {"train_loss": "training", "test_loss": "validation",
+                       "test_ema_loss": "validation of the average"}),
+    Curve("Accuracy", "%", {"test_acc1": "top-1", "test_acc5": "top-5", "test_ema_acc1": "top-1 of the average"}),
+    Curve("Learning rate", "", {"train_lr": "learning rate"}),
+    Curve("Images/s", "", {"train_images_per_s": "training", "test_images_per_s": "evaluation"}),
+    Curve("Loss scale", "", {"loss_scale": "loss scale"}, log_scale=True))
 
 
 class Run(NamedTuple):

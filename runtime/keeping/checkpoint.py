@@ -165,16 +165,8 @@ def without_prefixes(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
         state = {bare(name[len(start):]): value for name, value in state.items() if name.startswith(start)}
 
 
-_WRAPPERS = {
-    "model",
-    "net",
-    "network",
-    "student",
-    "backbone",
-    "encoder",
-    "ema",
-    "_forward_module",
-     "_fsdp_wrapped_module"}
+_WRAPPERS = {"model", "net", "network", "student", "backbone", "encoder", "ema", "_forward_module",
+             "_fsdp_wrapped_module"}
 
 
 # ----------------------------------------------------------------------------------------------------------- writing

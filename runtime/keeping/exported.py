@@ -26,10 +26,11 @@ ONNX_OPSET = 11  # the oldest that has the operators: converters know it best
 def how_to_run(args, classes: List[str], mode: str, crop_pct: float) -> dict:
     """What a file says beside its weights: the names of the classes, the mode, the preprocessing in timm's terms, and
     those of the run's settings `args` that --eval takes."""
+    settings = ("model", "input_size", "data_set", "inat_category", "keep_ratio")
     return {"classes": list(classes), "mode": mode, "mean": list(IMAGENET_DEFAULT_MEAN),
-        "std": list(IMAGENET_DEFAULT_STD), "interpolation": "bicubic", "crop_pct": crop_pct, "input_size": [3,
-        args.input_size, args.input_size], "args": {name: getattr(args, name) for name in ("model", "input_size",
-         "data_set", "inat_category", "keep_ratio")}}
+            "std": list(IMAGENET_DEFAULT_STD), "interpolation": "bicubic", "crop_pct": crop_pct,
+            "input_size": [3, args.input_size, args.input_size],
+            "args": {name: getattr(args, name) for name in settings}}
 
 
 class Program(torch.nn.Module):

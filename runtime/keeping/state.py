@@ -46,14 +46,15 @@ class TrainingState:
     def checkpoint(self) -> dict:
         """Tensors and plain values. `epoch` is the last finished one, as in DeiT's checkpoints."""
         learner, precision = self.learner, self.learner.machine.precision
+        average = learner.average
         return {"model": learner.model.state_dict(), "optimizer": learner.optimizer.state_dict(),
-            "model_ema": learner.average.module.state_dict() if learner.average is not None else None,
-            "ema_updates": learner.average.updates if learner.average is not None else 0,
-            "lr_scheduler": self.lr_scheduler.state_dict(), "amp_backend": precision.backend,
-            "scaler": precision.state_dict(), "epoch": self.epoch - 1, "progress": self.progress, "mode": self.mode,
-             "max_accuracy": self.max_accuracy, "log": self.log, "control": self.control.state_dict(),
-            "classes": self.classes, "mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD),
-            "args": self.settings}
+                "model_ema": average.module.state_dict() if average is not None else None,
+                "ema_updates": average.updates if average is not None else 0,
+                "lr_scheduler": self.lr_scheduler.state_dict(), "amp_backend": precision.backend,
+                "scaler": precision.state_dict(), "epoch": self.epoch - 1, "progress": self.progress, "mode": self.mode,
+                "max_accuracy": self.max_accuracy, "log": self.log, "control": self.control.state_dict(),
+                "classes": self.classes, "mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD),
+                "args": self.settings}
 
     def size_on_disk(self) -> int:
         """About how many bytes a checkpoint takes: the weights, their average, and AdamW's two moments."""

@@ -9,9 +9,9 @@ from typing import Dict, Set, Tuple
 import numpy as np
 import torch
 
-_PLAIN = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("torch", "Size"), ("torch",
-    "device")} | {(module, name) for module in ("builtins", "__builtin__") for name in ("dict", "list", "set",
-     "frozenset", "complex")}
+_PLAIN = {("collections", "OrderedDict"), ("collections", "defaultdict"), ("torch", "Size"), ("torch", "device")}
+_PLAIN |= {(module, name) for module in ("builtins", "__builtin__")
+           for name in ("dict", "list", "set", "frozenset", "complex")}
 _TENSORS = {("torch._utils", name) for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter",
                                                 "_rebuild_parameter_with_state")}
 

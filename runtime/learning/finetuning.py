@@ -48,10 +48,9 @@ def start_from(state: Dict[str, torch.Tensor], model: torch.nn.Module,
     if not adapted:
         refuse("cannot be fine-tuned: no tensor of it fits {}".format(name))
     if misfits:
-        refuse(
-            "cannot be fine-tuned as {} at this size: its {} is {} and {} is needed, which is not resampled".format(name
-            , misfits[0], tuple(state[misfits[0]].shape) if misfits[0] in state else "other",
-            tuple(own[misfits[0]].shape)))
+        first = misfits[0]
+        refuse("cannot be fine-tuned as {} at this size: its {} is {} and {} is needed, which is not resampled".format(
+            name, first, tuple(state[first].shape) if first in state else "other", tuple(own[first].shape)))
     total = sum(parameter.numel() for parameter in model.parameters())
     share = sum(parameter.numel() for key, parameter in model.named_parameters()
                 if key in adapted or parameter.data_ptr() in covered) / max(total, 1)
