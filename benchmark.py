@@ -84,7 +84,7 @@ def get_args_parser():
         "them)")
     add("--plot", type=command.path, metavar="FILE", help="with --keep-ratio: write the table and the curve as a page")
     add("--quick", action="store_true", help="report: fewer rounds, and without the compiler")
-    add("--output", type=command.path, metavar="DIR", help="report: where the page goes, docs/performance if not given")
+    add("--output", type=command.path, metavar="DIR", help="report: folder of the page, docs/performance if not given")
     add("--only-memory", action="store_true", help=argparse.SUPPRESS)
     return parser
 

@@ -214,14 +214,14 @@ def build_dataset(is_train: bool, name: str, root: Optional[str], transform, ina
     IMNET reads any ImageFolder layout; DIGITS needs no `root`. Raises UserError where `root` is not what it should be.
     """
     row = TABLE[name]
-    if row.needs_root:
+    if root and remote.is_url(root):
+        if name != "IMNET":
+            raise UserError("--data-path: {} on a server; only IMNET's shards can be read there".format(name))
+        remote.check_url(root)
+    elif row.needs_root:
         if not root:
             raise UserError("--data-path is missing: say where the data set {} lies".format(name))
-        if remote.is_url(root):
-            if name != "IMNET":
-                raise UserError("--data-path: {} on a server; only IMNET's shards can be read there".format(name))
-            remote.need_requests()
-        elif not os.path.isdir(root):
+        if not os.path.isdir(root):
             raise UserError("--data-path: there is no folder {}".format(root))
     loader = leave_path if jpeg_draft else LastPicture(load_pixels if image_backend == "fast" else None)
     dataset = row.open(root, is_train, transform, loader, inat_category,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from losses import DistillationLoss
-from runtime.errors import NonFiniteLoss
+from runtime.errors import NonFiniteLoss, RunFailed
 from runtime.keeping.control import Control, name_replaced
 from runtime.keeping.progress import Progress
 from runtime.keeping.state import Done
@@ -210,6 +210,7 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, machine: Machine, share
     loader: batches of pictures.batches.collate. A damaged image, which has the label -1, counts as wrong and is named;
     the mean cross-entropy is that of the others. shared: each process's `loader` has its own share of the images; the
     counts are summed over all. named: name damaged images; not where the same loader has just been evaluated.
+    Raises RunFailed where all images are damaged.
     """
     model.eval()
     show, sums, images, damaged = machine.world.is_main, [0.0] * 4, 0, 0
@@ -236,6 +237,8 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, machine: Machine, share
     if shared:
         loss, correct1, correct5, nonfinite, images, damaged = machine.sum(loss, correct1, correct5, nonfinite, images,
                                                                           damaged)
-    return {"loss": loss / max(images - damaged, 1), "acc1": 100.0 * correct1 / images,
+    if damaged == images:
+        raise RunFailed("none of the {} validation pictures could be decoded; they are named above".format(int(images)))
+    return {"loss": loss / (images - damaged), "acc1": 100.0 * correct1 / images,
             "acc5": 100.0 * correct5 / images, "images_per_s": images / max(seconds, 1e-9), "images": int(images),
             "damaged": int(damaged), "nonfinite": int(nonfinite)}

@@ -230,6 +230,9 @@ def validate(learner, loader, shared):
 
 def finish(args, state, updates, seconds, machine):
     """What a finished run leaves beside its checkpoints."""
+    if updates == args.max_steps:
+        machine.say("Ended after {:,} updates, as --max-steps says; epoch {} counts as finished".format(
+            updates, state.epoch - 1))
     if state.writes:
         write_summary(args.output_dir, dict(
             summarize(state.log, state.settings["global_batch"]), model=args.model, device=machine.device.type,
@@ -372,7 +375,8 @@ def run(args, given):
 def main(argv=None):
     """The command line; returns the trained or evaluated model."""
     args, given = parse_args(argv)
-    return command.run(lambda args: run(args, given), args, failing="training stopped: ")
+    trains = not args.eval and not args.write_teacher_labels
+    return command.run(lambda args: run(args, given), args, failing="training stopped: " if trains else "")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 
 from evo_vit.compat import versions
 from evo_vit.race import processor
-from runtime.errors import RunFailed
+from runtime.errors import RunFailed, UserError
 from runtime.keeping.files import write_json, write_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -149,11 +149,15 @@ def written(about: dict, found: Dict[str, dict], lines_of) -> str:
 
 
 def report(device: torch.device, quick: bool, lines_of, folder: Optional[str] = None, say=print):
-    """Measures what is missing and writes the page. Raises RunFailed where a table cannot be measured."""
+    """Measures what is missing and writes the page. Raises UserError for a folder that cannot be made, and RunFailed
+    where a table cannot be measured."""
     about = _about(device)
     name = re.sub("[^a-z0-9]+", "-", about["machine"].lower()).strip("-")
     path = os.path.join(folder or os.path.join(ROOT, "docs", "performance"), name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    except OSError as error:
+        raise UserError("--output: the folder {} cannot be made ({})".format(os.path.dirname(path), error.strerror))
     kept = _read(path + ".json")
     found = kept.get("tables", {}) if kept.get("about") == about else {}
     for number, table in enumerate(TABLES, 1):

@@ -134,8 +134,8 @@ def prepare_output_dir(path: str, fresh: bool, checkpoint_size: int, say: Callab
         files = [os.path.join(path, name) for name in (NEWEST, OLDER, BEST)]  # a resumed run replaces its own
         free = shutil.disk_usage(path).free + sum(os.path.getsize(file) for file in files if os.path.exists(file))
         if free < 4 * checkpoint_size:
-            raise UserError("--output_dir: the disk of {} has {:,} MiB for the run's checkpoints and it needs {:,}, "
-                            "for four of them".format(path, free >> 20, 4 * checkpoint_size >> 20))
+            raise UserError("--output_dir: the disk of {} has {:,} MiB for the run's checkpoints, those that are there "
+                            "counted, and it needs {:,}, for four".format(path, free >> 20, 4 * checkpoint_size >> 20))
     except OSError as error:
         raise _unwritable(path, error)
 

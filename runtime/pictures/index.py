@@ -56,10 +56,9 @@ class Index:
     def of_server(self, root: str) -> Found:
         """The shards in the folder `root` of a web server, by the index beside it, which is not searched for anew.
 
-        Raises UserError where it is missing, damaged, or not of these shards, and RunFailed where the server does not
-        answer; each on every process."""
+        Raises UserError, on every process, where it cannot be read, is damaged, or is not of these shards."""
         if root not in self._found:
-            self._found[root] = self._shared(root, lambda: _of_server(root))
+            self._found[root] = self._shared(root, lambda: _asked(root))
         return self._found[root]
 
     def _shared(self, root, look):
@@ -70,14 +69,13 @@ class Index:
             try:
                 found = look()
                 content = b"found" + _to_bytes(found, 0)
-            except (UserError, RunFailed) as error:
-                kind = b"error" if isinstance(error, UserError) else b"fails"
-                refusal, content = error, kind + str(error).encode("utf-8", "surrogateescape")
+            except UserError as error:
+                refusal, content = error, b"error" + str(error).encode("utf-8", "surrogateescape")
         content = self.together.from_process(0, content)
         if refusal is not None:
             raise refusal
-        if content[:5] != b"found":
-            raise (UserError if content[:5] == b"error" else RunFailed)(content[5:].decode("utf-8", "surrogateescape"))
+        if content[:5] == b"error":
+            raise UserError(content[5:].decode("utf-8", "surrogateescape"))
         return found if found is not None else _from_file(io.BytesIO(content[5:]), root)[0]
 
     def _look(self, root, there, walk):
@@ -136,7 +134,7 @@ class Index:
 def _change(found, began, root, there, where):
     """What has changed since the index was made, None for nothing."""
     if where != _identity(found, root):
-        return "it is of other data"
+        return "{} holds other data".format(root)
     before = found.places.archives if found.places else found.classes
     if there != before:
         one = sorted(set(there) ^ set(before))[0]
@@ -153,6 +151,13 @@ def _change(found, began, root, there, where):
     return None
 
 
+def _asked(root):
+    try:
+        return _of_server(root)
+    except RunFailed as error:  # nothing has begun
+        raise UserError(str(error))
+
+
 def _of_server(root):
     folder, part = root.rsplit("/", 1)
     url = "{}/index-{}.npz".format(folder, part)
@@ -160,6 +165,9 @@ def _of_server(root):
     if content is None:
         raise UserError("--data-path: there is no {}; shards on a server need the index that `python -m "
                         "runtime.pictures.shards` writes beside train/ and val/".format(url))
+    if content[:2] != b"PK":
+        raise UserError("--data-path: what the server has as {} is no index (it begins with {!r})".format(
+            url, content[:20].decode("latin-1")))
     try:
         found, _, _ = _from_file(io.BytesIO(content), root)
     except Exception as error:  # a damaged file can raise anything in what reads it

@@ -67,7 +67,7 @@ def read_bytes(path: Union[str, Member]) -> bytes:
     """The whole file. Raises OSError, and RunFailed for one on a server that does not answer."""
     if isinstance(path, Member):
         if remote.is_url(path.archive):
-            return remote.read_range(path.archive, path.offset, path.size)
+            return remote.read_member(path.archive, path.offset, path.size, path.path)
         with open(path.archive, "rb", buffering=0) as f:
             return os.pread(f.fileno(), path.size, path.offset)
     with open(path, "rb") as f:

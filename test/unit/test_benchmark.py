@@ -114,6 +114,10 @@ def test_the_report_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, caps
     tables = [report.Table("First", small, names, targets[0]), report.Table("Parts", ["breakdown"], ["EvoLeViT_12"])]
     monkeypatch.setattr(report, "TABLES", tables)
     flags = ["report", "--quick", "--device", "cpu", "--output", str(tmp_path)]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(flags[:-1] + [str(tmp_path / "file")])
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: --output: the folder ")
     with pytest.raises(SystemExit) as end:
         benchmark.main(flags)
     assert end.value.code == 1 and "the tables before it are kept" in capsys.readouterr().err

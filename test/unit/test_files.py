@@ -332,6 +332,18 @@ def test_a_hundred_bad_pictures_are_named_and_nothing_stops(few_digits, tmp_path
     assert "Traceback" not in err
 
 
+@pytest.mark.once
+def test_an_evaluation_without_any_readable_picture_is_no_number(student, digit_folder, tmp_path):
+    for part in ("train", "val"):
+        for name in os.listdir(os.path.join(digit_folder, part)):
+            os.makedirs(str(tmp_path / part / name))
+            (tmp_path / part / name / "0.png").write_bytes(b"no picture")
+    code, out, err = commands.run([sys.executable, commands.MAIN] + commands.SMALL + [
+        "--eval", "--resume", os.path.join(student[0], "checkpoint.pth"), "--data-path", tmp_path])
+    assert code == 1 and "Acc@1" not in out and err.splitlines()[-1] == (
+        "error: none of the 10 validation pictures could be decoded; they are named above"), out + err
+
+
 # --------------------------------------------------------------------------------------------- evaluation over ranks
 
 @pytest.mark.parametrize("processes", [2, 3, 8])

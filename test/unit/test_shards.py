@@ -243,9 +243,11 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
     def translate_path(self, path):
         return os.path.join(self.folder, urllib.parse.unquote(path).lstrip("/"))
 
-    def answer(self, code, content=b"", length=None):
+    def answer(self, code, content=b"", length=None, first=None):
         self.send_response(code)
         self.send_header("Content-Length", str(len(content) if length is None else length))
+        if first is not None:
+            self.send_header("Content-Range", "bytes {}-{}/*".format(first, first + len(content) - 1))
         self.end_headers()
         self.wfile.write(content)
         return True
@@ -262,10 +264,16 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
         first, last = (int(word) for word in self.headers["Range"][len("bytes="):].split("-"))
         with open(self.translate_path(self.path), "rb") as f:
             f.seek(first)
-            self.answer(206, f.read(last - first + 1))
+            self.answer(206, f.read(last - first + 1), first=first)
 
     def log_message(self, *_):
         pass
+
+
+def range_of(handler):
+    """(first byte, number of bytes) that are asked for."""
+    first, last = (int(word) for word in handler.headers["Range"][len("bytes="):].split("-"))
+    return first, last - first + 1
 
 
 class Server(http.server.HTTPServer):
@@ -327,6 +335,7 @@ def test_shards_on_a_web_server_train_bit_for_bit_as_on_a_disk(forms, tmp_path, 
 @pytest.mark.parametrize("wrong, sentence", [
     ("no index", "there is no .*/index-val.npz; shards on a server need the index"),
     ("damaged index", "the index .*/index-val.npz is damaged"),
+    ("a page in its place", "what the server has as .*/index-val.npz is no index .it begins with '<html>"),
     ("an index of folders", "is the index of a folder; on a server only shards can be read"),
     ("a shard is gone", "val/shard-000000.tar is not there, and its index says"),
     ("a shard is shorter", "val/shard-000000.tar has 100 bytes, and its index says"),
@@ -340,6 +349,9 @@ def test_what_is_wrong_on_a_web_server_is_said_in_one_sentence(wrong, sentence, 
     elif wrong == "damaged index":
         with open(listed, "r+b") as f:
             f.truncate(300)
+    elif wrong == "a page in its place":
+        with open(listed, "wb") as f:
+            f.write(b"<html>log in</html>")
     elif wrong == "an index of folders":
         one = index.Index(str(tmp_path / "index"), made=True)
         build_dataset(False, "IMNET", folder, None, index=one)
@@ -360,6 +372,10 @@ def test_what_is_wrong_on_a_web_server_is_said_in_one_sentence(wrong, sentence, 
     (lambda handler: handler.answer(200, b"all of it"), "gives no parts of files"),
     (lambda handler: handler.answer(403), "the answer is 403"),
     (lambda handler: handler.answer(206, b"less"), "4 bytes of"),
+    (lambda handler: handler.answer(206, bytes(range_of(handler)[1]), first=0), "cannot be read from byte"),
+    (lambda handler: handler.answer(206, bytes(range_of(handler)[1])), "cannot be read from byte"),
+    (lambda handler: handler.answer(206, bytes(range_of(handler)[1]), first=range_of(handler)[0]),
+     "is not at its place on the server"),
     (lambda handler: handler.answer(206, b"cut off", length=10 ** 6) and handler.hang_up(), "cannot be read"),
     (lambda handler: handler.hang_up(), "cannot be read")])
 def test_a_server_that_fails_ends_the_run_and_damages_no_picture(fault, sentence, forms, served, monkeypatch):
@@ -367,8 +383,52 @@ def test_a_server_that_fails_ends_the_run_and_damages_no_picture(fault, sentence
     remote._sessions.clear()
     dataset = TrainingView(build_dataset(True, "IMNET", served(forms["shards"], fault), None))
     with pytest.raises(RunFailed, match=sentence) as error:
-        dataset[0, 1]
+        dataset[3, 1]
     assert not isinstance(error.value, DamagedImage) and "\n" not in str(error.value)
+    remote._sessions.clear()
+
+
+@pytest.mark.once
+def test_a_shard_of_the_same_size_with_other_pictures_is_noticed(forms, tmp_path, served):
+    """Under an index that is older than it, or in the middle of a run; labels and places would be others'."""
+    root = str(tmp_path / "root")
+    shutil.copytree(forms["shards"], root)
+    dataset = build_dataset(True, "IMNET", served(root), None)
+    for number in range(10):
+        try:
+            assert dataset[number][0].size == (48, 48)
+        except DamagedImage as error:
+            assert "dam" in error.path
+    path = os.path.join(root, "train", "shard-000000.tar")
+    with tarfile.open(path) as archive:
+        names = archive.getnames()
+        files = {name: archive.extractfile(name).read() for name in names}
+    order = [name for pair in zip(names[2::4] + names[:2], names[3::4] + names[1:2]) for name in pair]
+    order = order + [name for name in names if name not in order]
+    size = os.path.getsize(path)
+    pack(path, [(name, files[name]) for name in order])
+    assert os.path.getsize(path) == size and order != names
+    with pytest.raises(RunFailed, match="is not at its place on the server; the shard is another one than its index"):
+        for number in range(10):
+            try:
+                dataset[number]
+            except DamagedImage:
+                pass
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("address, sentence", [
+    ("s3://bucket/imagenet", "only http:// and https:// addresses are read"), ("file:///data", "only http:// and"),
+    ("http://", "names no server"), ("http://:80/x", "names no server"), ("http://host:port/x", "is no address"),
+    ("http://me:secret@host/x", "leave name and password out"), ("http://host/x?token=1", "give a folder's"),
+    ("https://host/x#part", "give a folder's"), ("HTTP://127.0.0.1:1/x", "cannot be read .*[Rr]efused")])
+def test_addresses_that_cannot_be_those_of_shards(address, sentence, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(remote, "TRIES", 1)
+    remote._sessions.clear()
+    with pytest.raises(UserError, match=sentence) as error:
+        build_dataset(False, "IMNET", address, None)
+    assert "\n" not in str(error.value) and "secret" not in str(error.value)
     remote._sessions.clear()
 
 
