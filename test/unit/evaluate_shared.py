@@ -1,8 +1,10 @@
 """For test_files.py: python evaluate_shared.py PROCESSES prints [result of one process, result shared by so many]."""
 import json
 import os
+import signal
 import socket
 import sys
+from datetime import timedelta
 
 import evo_vit  # noqa: F401  (before timm and torchvision)
 
@@ -20,7 +22,7 @@ from samplers import ShardSampler
 def result(rank, size):
     torch.set_num_threads(1)
     world = World(rank, size, rank, size)
-    init_processes(world, torch.device("cpu"))
+    init_processes(world, torch.device("cpu"), timeout=timedelta(minutes=2))
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (61, 64, 64, 3), generator=generator, dtype=torch.uint8)
     data = [((image, []), label) for image, label in zip(pixels, torch.randint(0, 10, (61,), generator=generator))]
@@ -46,7 +48,12 @@ def main(processes):
             finally:
                 os._exit(0)
         children.append(pid)
-    together = result(0, processes)
+    try:
+        together = result(0, processes)
+    except BaseException:  # the port was taken meanwhile, say; the others would wait, and whoever reads their output
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        raise
     for child in children:
         os.waitpid(child, 0)
     print(json.dumps([result(0, 1), together]))
