@@ -2,6 +2,7 @@
 import csv
 import glob
 import os
+import re
 from collections import Counter
 from contextlib import contextmanager
 from typing import Optional
@@ -15,6 +16,7 @@ from .machine import Machine
 
 WARMUP = 5  # updates that are left out before
 ROWS = 10  # operators of the table
+_ANNOTATIONS = re.compile(r"ProfilerStep|Optimizer\.|enumerate\(DataLoader\)")  # PyTorch's own; no operators
 
 
 def _npu_profiler():
@@ -62,7 +64,8 @@ class Profile:
     def _take(self, profiler):
         os.makedirs(self.folder, exist_ok=True)
         profiler.export_chrome_trace(os.path.join(self.folder, "trace.json"))
-        events = sorted(profiler.key_averages(), key=_total_time, reverse=True)
+        events = [event for event in profiler.key_averages() if not _ANNOTATIONS.match(event.key)]
+        events.sort(key=_total_time, reverse=True)
         self.table = [(event.key, event.count, _total_time(event)) for event in events[:ROWS]]
 
     def _take_npu(self, profiler):

@@ -22,6 +22,7 @@ import predict
 import visualize
 from datasets import Augmentation, build_dataset, build_transform
 from evo_vit import evo_levit
+from evo_vit.compat import TORCH
 from flags import get_args_parser
 from runtime.errors import RunFailed, UserError
 from runtime.keeping.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, without_prefixes
@@ -349,7 +350,7 @@ def test_every_export_gives_the_loss_of_the_checkpoint(mode, schedule, three_dig
     assert "({}, {})".format("weights", mode) in printed
     expected, seen = figures(printed), 0
     for name, row in FORMATS.items():
-        if evo_levit.torch.__version__.startswith("1.") and name in ("onnx", "pt2") and row.oldest_torch > (1, 5):
+        if TORCH < row.oldest_torch:
             continue
         for package in row.packages:
             pytest.importorskip(package)
