@@ -49,8 +49,8 @@ LINES = OrderedDict([
 
 # Combinations that no test command installs, tried once on a CPU (x86_64, Python 3.11): the models and their gradients
 # against the published numbers, the number of graphs they compile into, a training by main.py and the evaluation of a
-# published-style checkpoint, all passed. Each: PyTorch, torchvision, the line whose other packages were beside them, the
-# day.
+# published-style checkpoint, all passed. Each: PyTorch, torchvision, the line whose other packages were beside them,
+# the day.
 BY_HAND = [
     ("2.3.1", "==0.18.1", "2.7", "2026-11-26"),
     ("2.4.1", "==0.19.1", "2.7", "2026-11-26"),
@@ -58,6 +58,8 @@ BY_HAND = [
     ("2.8.0", "==0.23.0", "2.7", "2026-11-26"),
     ("2.9.1", "==0.24.1", "2.7", "2026-11-26"),
     ("2.10.0", "==0.25.0", "2.7", "2026-11-26"),
+    ("2.11.0", "==0.26.0", "2.7", "2026-11-26"),
+    ("2.12.0", "==0.27.0", "2.7", "2026-11-26"),
 ]
 
 
