@@ -175,7 +175,7 @@ def test_an_output_folder_that_cannot_be_used_is_found_before_training(few_digit
          "none", "--data_path", few_digits, "--input-size", "64", "--output_dir"]
     usage = collections.namedtuple("usage", "total used free")
     for folder, sentence in ((tmp_path / "file" / "save", "cannot be written"),
-                             (tmp_path / "full", "MiB for the run's checkpoints and it needs")):
+                             (tmp_path / "full", "MiB for the run's checkpoints, those that are there counted")):
         if "full" in str(folder):
             monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage(10, 10, 0))
         with pytest.raises(SystemExit) as stopped:
