@@ -122,7 +122,7 @@ def test_an_index_of_other_data_is_not_taken(data, tmp_path, walks):
     shutil.copytree(data, other)
     settle(other)
     del walks[:]
-    assert "of other data" in Run(other, tmp_path / "cache").said[0] and len(walks) == 6
+    assert "holds other data" in Run(other, tmp_path / "cache").said[0] and len(walks) == 6
 
 
 def test_no_damaged_index_is_believed(data, tmp_path):
