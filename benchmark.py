@@ -151,26 +151,9 @@ def compare(args, texts, batch, size, device, folder, rate):
     return rows
 
 
-def table(rows):
-    """The lines of a Markdown table of `rows`: contenders, or the parts of a step."""
-    if "part" in rows[0]:
-        return ["| part of a step of {contender} | ms | share |".format(**rows[0]), "|---|---|---|"] + [
-            "| {part} | {milliseconds:.1f} | {share:.1%} |".format(**row) for row in rows]
-    lines = ["| contender | batch | pixels | ms (min-max) | images/s | ratio (min-max) | GFLOPs | of matmul rate "
-             "| peak MiB |", "|---|---|---|---|---|---|---|---|---|"]
-    number = lambda value, form: "-" if value is None else form.format(value)  # noqa: E731
-    for row in rows:
-        lines.append("| {contender} | {batch_size} | {input_size} | {milliseconds:.1f} "
-                     "({milliseconds_min:.1f}-{milliseconds_max:.1f}) | {images_per_s:.1f} | {ratio:.2f} "
-                     "({ratio_min:.2f}-{ratio_max:.2f}) | {flops} | {share} | {memory} |".format(
-                         flops=number(row["gflops"], "{:.1f}"), share=number(row["of_matmul_rate"], "{:.0%}"),
-                         memory=number(row["peak_memory_mb"], "{:.0f}"), **row))
-    return lines
-
-
 def show(rows):
     """Prints the rows as a Markdown table."""
-    print("\n".join(table(rows)), flush=True)
+    print("\n".join(report.markdown(rows)), flush=True)
 
 
 class Stopwatch:
@@ -284,7 +267,7 @@ def add_accuracy(args, rows):
 
 def run(args):
     if args.task == "report":
-        report.report(select_device(args.device), args.quick, table, args.output)
+        report.report(select_device(args.device), args.quick, args.output)
         return
     if args.plot:
         command.need("--plot", "matplotlib")

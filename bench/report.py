@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
@@ -72,6 +73,23 @@ TABLES = [
 ]
 
 
+def markdown(rows):
+    """The lines of a Markdown table of benchmark.py's `rows`: contenders, or the parts of a step."""
+    if "part" in rows[0]:
+        return ["| part of a step of {contender} | ms | share |".format(**rows[0]), "|---|---|---|"] + [
+            "| {part} | {milliseconds:.1f} | {share:.1%} |".format(**row) for row in rows]
+    lines = ["| contender | batch | pixels | ms (min-max) | images/s | ratio (min-max) | GFLOPs | of matmul rate "
+             "| peak MiB |", "|---|---|---|---|---|---|---|---|---|"]
+    number = lambda value, form: "-" if value is None else form.format(value)  # noqa: E731
+    for row in rows:
+        lines.append("| {contender} | {batch_size} | {input_size} | {milliseconds:.1f} "
+                     "({milliseconds_min:.1f}-{milliseconds_max:.1f}) | {images_per_s:.1f} | {ratio:.2f} "
+                     "({ratio_min:.2f}-{ratio_max:.2f}) | {flops} | {share} | {memory} |".format(
+                         flops=number(row["gflops"], "{:.1f}"), share=number(row["of_matmul_rate"], "{:.0%}"),
+                         memory=number(row["peak_memory_mb"], "{:.0f}"), **row))
+    return lines
+
+
 def _arguments(table, quick, device):
     """The words of benchmark.py for `table`."""
     contenders = [one for one in table.contenders if not (quick and "compile" in one.split(","))]
@@ -94,19 +112,15 @@ def _about(device):
 def _measure(arguments):
     """benchmark.py's figures, with when they were taken and how much else the machine had to do."""
     began, load = time.time(), os.getloadavg()[0]
-    file = os.path.join(ROOT, ".benchmark-{}.json".format(os.getpid()))
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "figures.json")
         result = subprocess.run([sys.executable, os.path.join(ROOT, "benchmark.py")] + arguments + ["--json", file],
                                 stdout=subprocess.DEVNULL)
         if result.returncode:
             raise RunFailed("benchmark.py {} ended with exit code {}; the tables before it are kept".format(
                 " ".join(arguments), result.returncode))
-        with open(file) as f:
-            report = json.load(f)
-    finally:
-        if os.path.exists(file):
-            os.remove(file)
-    return {"arguments": arguments, "rows": report["rows"], "matmul_gflops_per_s": report["matmul_gflops_per_s"],
+        figures = _read(file)
+    return {"arguments": arguments, "rows": figures["rows"], "matmul_gflops_per_s": figures["matmul_gflops_per_s"],
             "load": load, "day": time.strftime("%Y-%m-%d", time.gmtime(began)), "seconds": time.time() - began}
 
 
@@ -128,8 +142,8 @@ def _targets(found):
                 yield "| {} | {} | {:.2f} | {} |".format(what, least, ratio, "met" if ratio >= least else "**missed**")
 
 
-def written(about: dict, found: Dict[str, dict], lines_of) -> str:
-    """The page. lines_of(rows): the lines of a Markdown table of benchmark.py's rows."""
+def written(about: dict, found: Dict[str, dict]) -> str:
+    """The page."""
     text = ["# {machine}".format(**about), "",
             "`python benchmark.py report` on {cores} cores, {memory_gib} GiB, {threads} threads, PyTorch {torch}. A "
             "ratio is to the first contender of its table, which takes turns with the others.".format(**about), "",
@@ -144,11 +158,11 @@ def written(about: dict, found: Dict[str, dict], lines_of) -> str:
                  "{}{}; float32 matrix products {:.0f} GFLOP/s".format(
                      one["day"], ", **beside other work (load {:.1f})**".format(one["load"]) if busy else "",
                      one["matmul_gflops_per_s"]), ""]
-        text += lines_of(one["rows"]) + [""]
+        text += markdown(one["rows"]) + [""]
     return "\n".join(text)
 
 
-def report(device: torch.device, quick: bool, lines_of, folder: Optional[str] = None, say=print):
+def report(device: torch.device, quick: bool, folder: Optional[str] = None, say=print):
     """Measures what is missing and writes the page. Raises UserError for a folder that cannot be made, and RunFailed
     where a table cannot be measured."""
     about = _about(device)
@@ -167,5 +181,5 @@ def report(device: torch.device, quick: bool, lines_of, folder: Optional[str] = 
         say("{} of {}: {}".format(number, len(TABLES), table.title))
         found[table.title] = _measure(arguments)
         write_json(path + ".json", {"about": about, "tables": found})
-        write_text(path + ".md", written(about, found, lines_of))
+        write_text(path + ".md", written(about, found))
     say("{}.md holds the tables, {}.json the figures".format(path, path))
