@@ -5,6 +5,12 @@ import evo_vit  # noqa: F401  (before timm and torchvision)
 # isort: split
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# The same examples in every run, so that what fails is the fault of the change, however slow or large the examples are.
+settings.register_profile("recipe", deadline=None, derandomize=True,
+                          suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.load_profile("recipe")
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ def test_interleaved_models_and_a_copy_give_the_logits_they_give_alone():
     assert torch.equal(steps[0][0], alone[0]) and torch.equal(steps[0][1], alone[2])
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(size=st.integers(4, 14).map(lambda n: 16 * n), classes=st.integers(2, 40), distillation=st.booleans(),
        stage_wise=st.booleans())
 @torch.no_grad()

@@ -37,7 +37,7 @@ def test_keeping_all_is_selecting_nothing_and_half_is_as_built(family, stage_wis
     assert torch.equal(model(x), half) and not torch.equal(half, none)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(family=st.sampled_from(sorted(FAMILIES)), ratio=st.floats(0.001, 0.999), stage_wise=st.booleans())
 @torch.no_grad()
 def test_any_ratio_keeps_its_share_and_at_least_one(family, ratio, stage_wise):

@@ -29,7 +29,7 @@ def set_mode(model, mode):
     model.set_learn_tradeoff(mode[1])
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(size=st.integers(4, 12).map(lambda n: 16 * n), mode=st.sampled_from(MODES), batch=st.integers(1, 3))
 @torch.no_grad()
 def test_the_plain_transcription_gives_the_same_logits_at_any_size(size, mode, batch):
@@ -96,7 +96,7 @@ def test_steps_give_the_weights_and_the_average_of_the_plain_step(mode):
         assert not p.is_floating_point() or (p - q).abs().max() < 1e-8
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10 ** 6),
        limit=st.sampled_from([0.01, 0.3, 10.0]), scale=st.sampled_from([1e-4, 1.0, 100.0]))
 def test_adaptive_clipping_is_timms_bit_for_bit(seed, limit, scale):

@@ -38,7 +38,6 @@ def test_repeated_augmentation_hands_out_the_published_indices():
         assert hashlib.sha256(",".join(map(str, indices)).encode()).hexdigest() == case["sha256"]
 
 
-@settings(deadline=None)
 @given(length=st.integers(1, 255), replicas=st.integers(1, 8))
 def test_repeated_augmentation_also_serves_small_data_sets(length, replicas):
     for rank in range(replicas):
@@ -48,7 +47,6 @@ def test_repeated_augmentation_also_serves_small_data_sets(length, replicas):
         assert all(0 <= index < length for index in indices)
 
 
-@settings(deadline=None)
 @given(length=st.integers(0, 300), world=st.integers(1, 8))
 def test_sharded_evaluation_sees_every_image_once(length, world):
     seen = [i for rank in range(world) for i in ShardSampler(range(length), rank, world)]
@@ -141,7 +139,7 @@ def test_twelve_training_steps_follow_the_published_trajectory():
     assert relative_error(final, facts["final_logits"]) < 1e-6
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(length=st.integers(8, 900), replicas=st.integers(1, 8), epoch=st.integers(0, 5), shuffle=st.booleans())
 def test_the_sampler_without_repetition_is_pytorchs_index_for_index(length, replicas, epoch, shuffle):
     for rank in range(replicas):

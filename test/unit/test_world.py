@@ -381,7 +381,7 @@ def test_a_finished_run_that_is_resumed_exports_the_mode_it_ended_in(three_digit
 
 # ------------------------------------------------------------------------------------------- 7, 8, 13, 14, 15: pictures
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(kind=st.sampled_from(["f4", "i4", "u2"]), top=st.sampled_from([1, 255, 1000, 4095, 65535, 10 ** 6]),
        low=st.sampled_from([0, 0, -3]))
 def test_greys_of_any_range_keep_their_greys(kind, top, low, tmp_path_factory):
@@ -452,7 +452,7 @@ def test_a_sound_png_with_a_large_profile_or_text_is_read(what, tmp_path):
 # ------------------------------------------------------------------------------------------- 9, 10: other people's
 # files
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(prefixes=st.lists(st.sampled_from(["module.", "_orig_mod.", "model."]), max_size=4))
 def test_prefixes_of_wrappers_go_in_any_order(prefixes):
     state = build_model(TINY, 3, 64, distillation=True).state_dict()
