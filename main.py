@@ -61,7 +61,9 @@ from samplers import Feed
 
 
 def build_student(args, classes, say, fresh):
-    """The model to train, from --finetune's weights where they are given and the run is a `fresh` one."""
+    """The model to train, from --finetune's weights where they are given and the run is a `fresh` one.
+
+    Raises UserError where it cannot be trained on batches of that size."""
     more_heads = args.distillation_type != "none" or args.model.startswith(EVO_DEIT)
     model = build_model(args.model, len(classes), args.input_size, more_heads, args.drop_path, args.keep_ratio)
     if args.finetune and fresh:
@@ -78,6 +80,9 @@ def build_student(args, classes, say, fresh):
             say("Its classes differ from the data set's (first '{}', here '{}'), so the classifier starts anew".format(
                 *next((pair for pair in zip(checkpoint.classes(), classes) if pair[0] != pair[1]),
                       (checkpoint.classes()[-1], classes[-1]))))
+    if args.batch_size == 1 and any(isinstance(module, torch.nn.BatchNorm1d) for module in model.modules()):
+        raise UserError("--batch-size 1: {} normalises by the statistics of a batch, which one image does not have; "
+                        "use at least 2".format(args.model))
     return model
 
 

@@ -58,6 +58,8 @@ def test_only_one_of_several_processes_prints_the_sentence(tmp_path):
     (["--data-set", "DIGITS", "--teacher-model", "regnety_2"], "--teacher-model regnety_2: there is no such model"),
     (["--data-set", "DIGITS"], "--teacher-path: there is no file ./regnety_160-a5fe301d.pth"),
     (["--data-set", "DIGITS", "--batch-size", 2000], "1433 training images do not fill one global batch"),
+    (["--data-set", "DIGITS", "--batch-size", 1, "--mixup", 0, "--cutmix", 0, "--distillation-type", "none"],
+     "--batch-size 1: EvoLeViT_256 normalises by the statistics of a batch"),
     (["--data-set", "DIGITS", "--start_epoch", 300], "--start_epoch 300"),
     (["--data-set", "DIGITS", "--world_size", 3], "--world_size 3 needs a launcher"),
     (["--data-set", "DIGITS", "--finetune", "no.pth"], "--finetune: there is no file no.pth"),
