@@ -5,7 +5,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .processes import is_distributed
+from .processes import all_gather, all_reduce, broadcast, is_distributed
 
 
 class Agreement:
@@ -39,7 +39,7 @@ class Agreement:
         if self._group is None:
             return list(counts)
         counts = torch.tensor(counts, dtype=torch.int64)
-        dist.all_reduce(counts, group=self._group)
+        all_reduce(counts, group=self._group)
         return counts.tolist()
 
     def gather(self, value: float) -> List[float]:
@@ -47,7 +47,7 @@ class Agreement:
         if self._group is None:
             return [value]
         values = [torch.zeros(1, dtype=torch.float64) for _ in self._ranks]
-        dist.all_gather(values, torch.tensor([value], dtype=torch.float64), group=self._group)
+        all_gather(values, torch.tensor([value], dtype=torch.float64), group=self._group)
         return [v.item() for v in values]
 
     def union(self, numbers) -> set:
@@ -57,7 +57,7 @@ class Agreement:
         longest = int(max(self.gather(len(numbers))))
         own = torch.tensor(list(numbers) + [-1] * (longest - len(numbers)), dtype=torch.int64)
         lists = [torch.zeros_like(own) for _ in self._ranks]
-        dist.all_gather(lists, own, group=self._group)
+        all_gather(lists, own, group=self._group)
         return {number for numbers in lists for number in numbers.tolist()} - {-1}
 
     def texts(self, text: str) -> List[str]:
@@ -71,7 +71,7 @@ class Agreement:
         lengths = [int(length) for length in self.gather(len(own))]
         lists = [torch.zeros_like(padded) for _ in lengths]
         if longest:
-            dist.all_gather(lists, padded, group=self._group)
+            all_gather(lists, padded, group=self._group)
         return [bytes(values[:length].tolist()).decode("utf-8", "surrogateescape")
                       for values, length in zip(lists, lengths)]
 
@@ -83,5 +83,5 @@ class Agreement:
         data = torch.zeros(size, dtype=torch.uint8)
         if self.rank == source:
             data = torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
-        dist.broadcast(data, self._ranks[source], group=self._group)
+        broadcast(data, self._ranks[source], group=self._group)
         return data.numpy().tobytes()

@@ -1,5 +1,6 @@
 """The processes of one run, started by torchrun, torch.distributed.launch, srun, mpirun or Huawei's launchers, or a
 single one without a launcher."""
+import collections
 import os
 import platform
 import re
@@ -191,6 +192,28 @@ def lost(error: RuntimeError) -> bool:
     return is_distributed() and (isinstance(error, kinds) or _LOST.search(str(error)) is not None)
 
 
+# Leaving a group waits for gloo's threads without letting go of Python's lock, and such a thread needs that lock if it
+# is the last to hold a tensor that Python has made. PyTorch 2.1 to 2.7 could stand still there, so the tensors of the
+# latest collectives stay.
+_latest = collections.deque(maxlen=8)
+
+
+def all_reduce(tensor, **options):
+    """torch.distributed.all_reduce, after which the group can be left at any time; so are the next two."""
+    _latest.append(tensor)
+    dist.all_reduce(tensor, **options)
+
+
+def all_gather(tensors, tensor, **options):
+    _latest.append((tensors, tensor))
+    dist.all_gather(tensors, tensor, **options)
+
+
+def broadcast(tensor, source, **options):
+    _latest.append(tensor)
+    dist.broadcast(tensor, source, **options)
+
+
 def close_processes():
     """Leaves the process group, if there is one."""
     if is_distributed():
@@ -222,7 +245,7 @@ def sum_over_processes(values, device: torch.device) -> List[float]:
         return [float(value) for value in values]
     dtype = torch.float32 if device.type == "npu" else torch.float64  # an NPU has no float64
     total = torch.tensor(values, dtype=dtype, device=device)
-    dist.all_reduce(total)
+    all_reduce(total)
     return total.tolist()
 
 
@@ -243,7 +266,7 @@ def broadcast_weights(model: torch.nn.Module):
     """Gives every process rank 0's weights and statistics, to start from: each has drawn its own."""
     if is_distributed():
         for parameter in model.parameters():
-            dist.broadcast(parameter.detach(), 0)
+            broadcast(parameter.detach(), 0)
         broadcast_buffers(model)
 
 
@@ -252,4 +275,4 @@ def broadcast_buffers(model: torch.nn.Module):
     model, and what is evaluated is what rank 0 saves."""
     if is_distributed():
         for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+            broadcast(buffer, 0)

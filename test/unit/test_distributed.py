@@ -105,6 +105,12 @@ def accuracy(printed):
     return [float(figure.split()[1]) for figure in line.split("  ")[:3]]
 
 
+def test_the_group_can_be_left_right_after_a_collective():
+    """PyTorch 2.1 to 2.7 stood still there, now and then."""
+    code, out, err = commands.helper("leave_often", "120", timeout=120)
+    assert (code, out) == (0, "left 120 times\n"), err
+
+
 @pytest.mark.parametrize("users, expected", [(None, 4), ("1", 1), ("2", 2)])
 def test_a_process_takes_its_share_of_the_cores_unless_the_user_says_how_many_threads(users, expected, monkeypatch):
     """Of eight cores two processes take four each; PyTorch's launchers would leave each with one."""
