@@ -4,6 +4,7 @@ python benchmark.py inference --compare EvoLeViT_256,plain EvoLeViT_256,fuse lev
 python benchmark.py train     --compare EvoLeViT_256,plain EvoLeViT_256 EvoLeViT_256,compile
 python benchmark.py loader    --compare plain recipe
 python benchmark.py breakdown --compare EvoLeViT_256
+python benchmark.py operators --compare EvoLeViT_256_384,teacher=none    (how many are launched, and which)
 python benchmark.py report    (all tables, about 40 minutes; --quick: 5)
 
 A contender is a model of timm's registry and, behind commas, how it runs:
@@ -40,7 +41,7 @@ from runtime import command  # first: it makes torchvision importable on a CPU-o
 import torch
 
 import engine
-from bench import contenders, report, tradeoff
+from bench import contenders, operators, report, tradeoff
 from evo_vit.compat import versions
 from runtime.errors import UserError
 from runtime.keeping.files import write_json, write_text
@@ -50,7 +51,8 @@ from runtime.machine.devices import keep_freed_memory, peak_memory_mb, select_de
 from runtime.machine.machine import Machine
 
 TASKS = {"inference": ["EvoLeViT_256,plain", "EvoLeViT_256,fuse", "levit_256,fuse"],
-         "train": ["EvoLeViT_256,plain", "EvoLeViT_256"], "loader": ["plain", "recipe"], "breakdown": ["EvoLeViT_256"]}
+         "train": ["EvoLeViT_256,plain", "EvoLeViT_256"], "loader": ["plain", "recipe"], "breakdown": ["EvoLeViT_256"],
+         "operators": ["EvoLeViT_256_384,teacher=none"]}
 TRADE_OFF = "EvoLeViT_256,fuse"  # what --keep-ratio races if nothing is named
 FLAGS = ("compile", "channels-last", "amp", "fuse")
 
@@ -218,7 +220,7 @@ def measure(args):
                  for ratio in args.keep_ratio]
     elif args.resume or args.plot:
         raise UserError("--resume and --plot need --keep-ratio")
-    task = "train" if args.task == "breakdown" else args.task
+    task = "train" if args.task in ("breakdown", "operators") else args.task
     names = [contenders.parse(task, text)[0] for text in texts]
     sizes = args.input_size or [224 if args.task == "loader" else default_input_size(names[0])]
     folder = None
@@ -242,6 +244,12 @@ def measure(args):
                 rows = [dict(row, contender=text)
                         for row in break_down(args, text, args.batch_size[0], sizes[0], device, folder)]
                 show(rows)
+                figures["rows"] += rows
+            return figures
+        if args.task == "operators":
+            for text in texts:
+                rows = operators.rows(text, operators.count_parts(text, args.batch_size[0], sizes[0], device))
+                print("\n".join(operators.markdown(rows)), flush=True)
                 figures["rows"] += rows
             return figures
         for batch, size in itertools.product(args.batch_size, sizes):

@@ -149,7 +149,7 @@ class Training:
         plain, distil = "plain" in options, teacher_name != "none"
         if distil:
             check_model_name(teacher_name, "teacher")
-        model = _build(name, size, device, True).train()
+        self.model = model = _build(name, size, device, True).train()
         if "keep" in options:
             model.set_keep_ratio(float(options["keep"]))
         apply_token_schedule(model, 0, 1 if "dense" in options else 0, 200)  # as in the first 200 of the 300 epochs

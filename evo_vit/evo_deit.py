@@ -15,7 +15,7 @@ from torch import nn
 from .compat import trunc_normal_
 from .layers import Linear
 from .model import EvoModel
-from .ops import attention, by_tokens, drop_path
+from .ops import attention, by_tokens, drop_path, lerp
 from .registry import PATCH_SIZE, register
 from .tokens import TokenState, put_back, take_slow
 
@@ -73,8 +73,8 @@ class Attention(nn.Module):
     def forward(self, q, k, v):
         """q, k, v (B, heads, T, d) -> attended tokens (B, T, heads * d), and the class attention of the patch tokens,
         summed over the heads (B, T - 1)."""
-        x, class_attn = attention(q, k, v, int(q.shape[-1]) ** -0.5)
-        return x.transpose(1, 2).flatten(2), class_attn[:, :, 1:].sum(dim=1)  # in one piece, as gather takes it
+        x, class_attn = attention(q, k, v, int(q.shape[-1]) ** -0.5, q.shape[2] - 1)
+        return x.transpose(1, 2).flatten(2), class_attn.sum(dim=1)  # in one piece, as gather takes it
 
 
 class Mlp(nn.Module):
@@ -210,7 +210,7 @@ class EvoDeiT(EvoModel):
         y, class_attn = self.attention(q, k, self.vs[i](y))
         x = self.blocks[i](self.blocks[i].residual(x, self.projs[i](y)))
         if i >= self.full_blocks:
-            class_attn = (1 - TRADEOFF) * score + TRADEOFF * class_attn
+            class_attn = lerp(score, class_attn, TRADEOFF)
         return x, class_attn
 
     def _update_all(self, blocks, x, score):

@@ -11,13 +11,12 @@ Parameter names are those of the reference implementation, so that its checkpoin
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .compat import Hardswish, trunc_normal_
 from .layers import BN_Linear, Conv2d_BN, Linear_BN, fuse_batch_norms
 from .model import EvoModel
-from .ops import attention, drop_path
+from .ops import attention, drop_path, lerp
 from .registry import PATCH_SIZE, register
 from .tokens import TokenState, put_back, take_slow
 
@@ -39,7 +38,7 @@ def _evolve(residuals, x, state, num_slow, learned):
     taken = take_slow(x, state.score, num_slow)
     weight = state.score.scatter(1, taken.slow, 0.0)
     weight = weight / weight.sum(dim=1, keepdim=True)
-    representative = F.pad(weight, (1, 0)).unsqueeze(1).to(x.dtype) @ x  # (B, 1, C)
+    representative = weight.unsqueeze(1).to(x.dtype) @ x[:, 1:]  # (B, 1, C)
 
     tokens, score = torch.cat((taken.tokens, representative), dim=1), taken.score  # (B, 1 + K + 1, C), (B, K)
     for residual in residuals:
@@ -77,8 +76,7 @@ class _ClassAttention(nn.Module):
 
     def blend(self, score, class_attn, learned):
         """g <- (1 - t) g + t a, both (B, n)."""
-        tradeoff = torch.sigmoid(self.learn_tradeoff) if learned else 0.5
-        return (1 - tradeoff) * score + tradeoff * class_attn
+        return lerp(score, class_attn, torch.sigmoid(self.learn_tradeoff).to(score.dtype) if learned else 0.5)
 
     def attention_macs(self, queries, keys):
         """Multiply-adds of the two attention products for one image, which no layer inside shows."""
@@ -103,12 +101,13 @@ class Attention(_ClassAttention):
         the updated scores.
         """
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, self.num_heads, -1).transpose(1, 2)  # (B, heads, T, 2 key + value)
+        # (B, heads, T, 2 key + value); copied once here, or the products would copy each part
+        qkv = self.qkv(x).view(B, T, self.num_heads, -1).transpose(1, 2).contiguous()
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=3)
-        x, class_attn = attention(q, k, v, self.scale)  # (B, heads, T, value), (B, heads, T)
-
         n = T - 1 if score is None else score.shape[1]
-        class_attn = class_attn.mean(dim=1)[:, 1:1 + n]
+        x, class_attn = attention(q, k, v, self.scale, n)  # (B, heads, T, value), (B, heads, n)
+
+        class_attn = class_attn.mean(dim=1)
         score = class_attn if score is None else self.blend(score, class_attn, learned)
         return self.proj(x.transpose(1, 2).reshape(B, T, -1)), score
 
@@ -147,13 +146,13 @@ class AttentionSubsample(_ClassAttention):
         x = x + self.poss
         B, T, _ = x.shape
         subsample, project_q = self.q[0], self.q[1]  # which torch 2.1's compiler cannot unpack
-        kv = self.kv(x).view(B, T, self.num_heads, -1).transpose(1, 2)
+        kv = self.kv(x).view(B, T, self.num_heads, -1).transpose(1, 2).contiguous()
         k, v = kv.split([self.key_dim, self.value_dim], dim=3)  # (B, heads, T, key), (B, heads, T, value)
         q = project_q(torch.cat((x[:, :1], subsample(x[:, 1:])), dim=1))
         q = q.view(B, -1, self.num_heads, self.key_dim).transpose(1, 2)  # (B, heads, 1 + N', key)
-        x, class_attn = attention(q, k, v, self.scale)
+        x, class_attn = attention(q, k, v, self.scale, T - 1)
 
-        score, class_attn = subsample(torch.stack((state.score, class_attn.mean(dim=1)[:, 1:]), dim=-1)).unbind(-1)
+        score, class_attn = subsample(torch.stack((state.score, class_attn.mean(dim=1)), dim=-1)).unbind(-1)
         score = self.blend(score, class_attn, mode.learned)
         score = score * (state.score.sum(dim=1, keepdim=True) / score.sum(dim=1, keepdim=True))
         return self.proj(x.transpose(1, 2).reshape(B, q.shape[2], -1)), TokenState(score, None)

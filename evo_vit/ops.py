@@ -1,4 +1,6 @@
 """Operators that the models run on, each by the fastest way that the device and this PyTorch have."""
+from typing import Tuple, Union
+
 import torch
 from torch import nn
 
@@ -6,6 +8,7 @@ from . import race
 from .compat import TORCH, is_exported, is_traced
 
 ATTENTION_CHUNK = 2 ** 21  # elements: attention matrices of 8 MB at a time stay in a CPU's caches
+_HALF = (torch.float16, torch.bfloat16)
 TOKEN_CHUNK = 2 ** 20  # elements: so do 4 MB of what a function makes of each token on its way
 
 # --- torch before 1.9 cannot be asked for a stable sort, by which equal values fall the same way on every device.
@@ -15,12 +18,13 @@ _SORT_OPTIONS = {"stable": True} if TORCH >= (1, 9) else {}
 _fused_attention = nn.functional.scaled_dot_product_attention if TORCH >= (2, 1) else None
 
 
-def top_places(x: torch.Tensor, k: int) -> torch.Tensor:
-    """Places of the k largest values of each row of x (B, N), largest first; of equal values the first comes first
-    where PyTorch can do that, and in ONNX, whose TopK does so."""
+def top(x: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The k largest values of each row of x (B, N), largest first, and their places, (B, k) each; of equal values the
+    first comes first where PyTorch can do that, and in ONNX, whose TopK does so."""
     if torch.onnx.is_in_onnx_export():
-        return x.topk(k, dim=1)[1]
-    return torch.sort(x, dim=1, descending=True, **_SORT_OPTIONS)[1][:, :k]
+        return x.topk(k, dim=1)
+    values, places = torch.sort(x, dim=1, descending=True, **_SORT_OPTIONS)
+    return values[:, :k], places[:, :k]
 
 
 def by_tokens(function, x: torch.Tensor, width: int) -> torch.Tensor:
@@ -41,6 +45,13 @@ def drop_path(branch: torch.Tensor, rate: float) -> torch.Tensor:
     return branch * kept.to(branch.dtype) / (1 - rate)
 
 
+def lerp(start: torch.Tensor, end: torch.Tensor, weight: Union[float, torch.Tensor]) -> torch.Tensor:
+    """start + weight * (end - start), of a format that may be written down for other machines by any PyTorch."""
+    if is_exported():
+        return start + weight * (end - start)
+    return torch.lerp(start, end, weight)
+
+
 # --------------------------------------------------------------------------------------------- attention
 
 def _numel(q, k):
@@ -48,42 +59,46 @@ def _numel(q, k):
     return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
 
 
-def _attention_in_chunks(q, k, v):
+def _softmax(x):
+    """Softmax over the keys; of half precision in float32, since tokens are ranked by it and coarse steps make ties."""
+    return x.softmax(dim=-1, dtype=torch.float32) if x.dtype in _HALF else x.softmax(dim=-1)
+
+
+def _attention_in_chunks(q, k, v, patches):
     """`attention` with q scaled already, a few heads of a few images at a time."""
     B, heads = q.shape[:2]
     chunk = max(ATTENTION_CHUNK // (q.shape[2] * k.shape[2]), 1)
     x, class_attn = [], []
     for part_q, part_k, part_v in zip(*(t.flatten(0, 1).split(chunk) for t in (q, k.transpose(-2, -1), v))):
-        attn = torch.bmm(part_q, part_k).softmax(dim=-1)
-        x.append(torch.bmm(attn, part_v))
-        class_attn.append(attn[:, 0])
+        attn = _softmax(torch.bmm(part_q, part_k))
+        x.append(torch.bmm(attn.to(v.dtype), part_v))
+        class_attn.append(attn[:, 0, 1:1 + patches])
     return torch.cat(x).view(B, heads, -1, v.shape[-1]), torch.cat(class_attn).view(B, heads, -1)
 
 
 def _is_fused(q, v):
-    """Whether the fused attention serves best: on accelerators always; on a CPU for values as wide as the keys
-    (Evo-DeiT, twice as fast at 197 tokens), not for wider ones (Evo-LeViT), nor where the products are to be written
-    down one by one."""
+    """Whether the fused attention serves best. CUDA's takes values of any width. Elsewhere they are as wide as the keys
+    (Evo-DeiT): on a CPU wider ones (Evo-LeViT) are slower, and an NPU's kernel does not take them, nor goes into a
+    graph (op-plugin's documentation of npu_fusion_attention)."""
     if _fused_attention is None:
         return False
-    return q.device.type != "cpu" or q.shape[-1] == v.shape[-1] and not is_exported()
+    if q.device.type == "cuda":
+        return True
+    return q.shape[-1] == v.shape[-1] and not (is_exported() if q.device.type == "cpu" else is_traced())
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float):
-    """Scaled dot-product attention, and what the class token, at place 0, pays every token.
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, patches: int):
+    """Scaled dot-product attention, and what the class token, at place 0, pays the `patches` tokens behind it.
 
-    q (B, heads, Q, key), k (B, heads, T, key), v (B, heads, T, value) -> (B, heads, Q, value), (B, heads, T).
+    q (B, heads, Q, key), k (B, heads, T, key), v (B, heads, T, value) -> (B, heads, Q, value), (B, heads, patches).
     """
     if not _is_fused(q, v):
         if q.device.type == "cpu" and not is_traced() and _numel(q, k) > 2 * ATTENTION_CHUNK:
-            return _attention_in_chunks(q * scale, k, v)
-        attn = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, Q, T)
-        return attn @ v, attn[:, :, 0]
-    # one row of what the fused kernel hides; tokens are ranked by it, so half precision's coarse steps would make ties
-    class_attn = q[:, :, :1] * scale @ k.transpose(-2, -1)
-    # (torch.promote_types would name that type, but break the graph of torch 2.1's compiler)
-    class_attn = class_attn.softmax(dim=-1, dtype=torch.float64 if q.dtype is torch.float64 else torch.float32)
-    return _fused_attention(q, k, v, scale=scale), class_attn[:, :, 0]
+            return _attention_in_chunks(q * scale, k, v, patches)
+        attn = _softmax(q * scale @ k.transpose(-2, -1))  # (B, heads, Q, T)
+        return attn.to(v.dtype) @ v, attn.flatten(2)[:, :, 1:1 + patches]
+    class_attn = _softmax(q[:, :, :1] * scale @ k.transpose(-2, -1))  # one row of what the fused kernel hides
+    return _fused_attention(q, k, v, scale=scale), class_attn.flatten(2)[:, :, 1:1 + patches]
 
 
 # --------------------------------------------------------------------------------------------- linear maps

@@ -8,7 +8,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 
-from .ops import top_places
+from .ops import top
 
 
 class TokenState(NamedTuple):
@@ -29,9 +29,9 @@ class SlowTokens(NamedTuple):
 def take_slow(x, score, count):
     """SlowTokens of the `count` patch tokens of x (B, 1 + N, C) with the highest score (B, N). Of equal scores the
     first in the grid is taken (where PyTorch has a stable sort, 1.9 on)."""
-    slow = top_places(score, count)
+    best, slow = top(score, count)
     places = F.pad(slow + 1, (1, 0)).unsqueeze(-1).expand(-1, -1, x.shape[-1])  # the class token's place is 0
-    return SlowTokens(x.gather(1, places), score.gather(1, slow), slow, places)
+    return SlowTokens(x.gather(1, places), best, slow, places)
 
 
 def put_back(x, score, taken, tokens, slow_score):

@@ -24,14 +24,16 @@ class ModelEma:
     @torch.no_grad()
     def update(self, model: torch.nn.Module):
         """Takes one step towards `model`, which has the structure of the copied one."""
-        averages, values = [], []
+        averages, values, counters, counts = [], [], [], []
         for ours, theirs in ((self.module.parameters(), model.parameters()), (self.module.buffers(), model.buffers())):
             for average, value in zip(ours, theirs):
                 if average.is_floating_point():
                     averages.append(average)
                     values.append(value.detach().to(device=average.device, dtype=average.dtype))
                 else:
-                    average.copy_(value)
+                    counters.append(average)
+                    counts.append(value)
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
         versions.lerp_(averages, values, 1 - decay)
+        versions.copy_(counters, counts)

@@ -25,6 +25,16 @@ def lerp_(starts, ends, weight: float):
             start.lerp_(end, weight)
 
 
+# --- torch before 2.1 copies tensor by tensor.
+def copy_(targets, sources):
+    """Copies each of `sources` to the one of `targets` at its place, for two lists of tensors."""
+    if targets and hasattr(torch, "_foreach_copy_"):
+        torch._foreach_copy_(targets, sources)
+    else:
+        for target, source in zip(targets, sources):
+            target.copy_(source)
+
+
 # --- torch before 1.7 has no persistent data-loader workers.
 _KEEPS_WORKERS = "persistent_workers" in inspect.signature(DataLoader.__init__).parameters
 

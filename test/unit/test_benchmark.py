@@ -6,7 +6,7 @@ import commands
 import pytest
 
 import benchmark
-from bench import report
+from bench import operators, report
 from runtime.machine.compiling import can_compile
 from runtime.machine.versions import has_autocast
 
@@ -56,6 +56,20 @@ def test_training_step_memory_and_breakdown(tmp_path):
     assert sum(shares.values()) == pytest.approx(1) and all(share > 0 for share in shares.values())
 
 
+@pytest.mark.skipif(operators.TorchDispatchMode is None, reason="this PyTorch's operators cannot be watched")
+def test_operators_are_counted_by_name(tmp_path):
+    figures, out = measure(tmp_path, "operators", "--input-size", 64, "--compare", "EvoLeViT_128S,teacher=none")
+    layer_wise, stage_wise, inference = rows = figures["rows"]
+    assert [row["part"] for row in rows] == ["training step, layer-wise", "training step, stage-wise",
+                                             "inference, stage-wise"]
+    assert layer_wise["operators"] > stage_wise["operators"] > 2 * inference["operators"] > 200
+    assert [row["host_waits"] for row in rows] == [1, 1, 0]  # the loss
+    for row in rows:
+        assert sum(row["list"].values()) == row["operators"] and row["list"]["hardswish"] == 25
+        assert "| {part} | {operators} | {host_waits} |".format(**row) in out
+    assert [row["list"]["sort"] for row in rows] == [7, 2, 2]  # blocks, and stages, that select
+
+
 def test_loader_makes_the_pictures_of_either_pipeline(tmp_path):
     figures, _ = measure(tmp_path, "loader", "--input-size", 64, "--photo-size", 160, 120,
                         "--compare", "plain", "recipe", "recipe,normalized", "recipe,once,draft")
@@ -98,6 +112,7 @@ def test_one_set_of_weights_at_many_speeds(tmp_path, student):
     (["breakdown", "--compare", "EvoLeViT_128S,plain,teacher=none"], "recipe's own step"),
     (["breakdown", "--compare", "EvoLeViT_128S,teacher=none", "--compile"],
      "own step, not compiled" if can_compile() else "compile needs PyTorch 2.1 or newer"),
+    (["operators", "--compare", "EvoLeViT_128S,plain,teacher=none"], "recipe's own step"),
     (["inference", "--rounds", "0"], "0 is not a positive whole number"),
     (["inference", "--batch-size", "big"], "big is not a positive whole number")])
 def test_mistakes_end_in_one_sentence(flags, sentence, capsys):

@@ -169,12 +169,26 @@ def test_the_double_refuses_what_a_card_refuses():
     script = ("import torch, torch_npu\non, off = torch.randn(4, 4).to('npu'), torch.randn(4, 4)\nbad = [lambda: on + "
         "off, lambda: on @ off, lambda: torch.nn.Conv2d(4, 4, 1).to('npu')(torch.randn(1, 4, 2, 2)),\n       lambda: "
         "on.double(), lambda: on.nonzero(), lambda: on[on > 0],\n       lambda: on.t().gather(1, torch.zeros(4, 1, "
-        "dtype=torch.int64).to('npu')), lambda: on.to('npu:1')]\nfor call in bad:\n    try: call()\n    except "
+        "dtype=torch.int64).to('npu')), lambda: on.to('npu:1'),\n       lambda: torch.nn.functional."
+        "scaled_dot_product_attention(*[torch.ones(1, 1, 4, n).to('npu') for n in (4, 4, 8)])]\n"
+        "for call in bad:\n    try: call()\n    except "
         "(RuntimeError, NotImplementedError): print('refused')\nprint(on.device, (on * 2).sum().device, "
         "torch.equal((on @ on).cpu(), on.cpu() @ on.cpu()))")
     code, out, err = commands.run([sys.executable, "-c", script], env=with_double())
     assert code == 0, err
-    assert out.split("\n")[:-1] == ["refused"] * 8 + ["npu:0 npu:0 True"]
+    assert out.split("\n")[:-1] == ["refused"] * 9 + ["npu:0 npu:0 True"]
+
+
+def test_a_step_has_few_operators_to_launch(tmp_path):
+    """PERFORMANCE.md, which other versions of PyTorch exceed by a few dozen."""
+    code, out, err = commands.run(
+        [sys.executable, commands.ROOT + "/benchmark.py", "operators", "--device", "npu", "--input-size", "64",
+         "--batch-size", "4", "--json", tmp_path / "figures.json"], env=with_double())
+    assert code == 0, out + err
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [row["host_waits"] for row in rows] == [1, 1, 0]
+    assert all(row["operators"] <= limit for row, limit in zip(rows, (1620, 1380, 380))), out
+    assert not any("scaled_dot_product" in name for row in rows for name in row["list"])
 
 
 SMALL = ["--num_workers", "1", "--input-size", "64", "--batch-size", "32", "--model", "EvoLeViT_128S"]

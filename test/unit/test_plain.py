@@ -64,7 +64,7 @@ def test_attention_in_chunks_is_attention(monkeypatch):
     results = []
     for chunk in (2 ** 21, 200):  # 200: one head of one image at a time, the last chunk as full as the others
         monkeypatch.setattr(ops, "ATTENTION_CHUNK", chunk)
-        x, class_attn = ops.attention(q, k, v, 0.3)
+        x, class_attn = ops.attention(q, k, v, 0.3, 11)
         (x.pow(2).sum() + class_attn.pow(3).sum()).backward()
         results.append([x.detach(), class_attn.detach()] + [t.grad for t in (q, k, v)])
         for t in (q, k, v):

@@ -386,6 +386,18 @@ void on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
 }
 
+// The fused attention takes no values that are wider than the keys (op-plugin, npu_fusion_attention: Dk >= Dv).
+void attention(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
+  auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+  const auto key = arguments[1].toTensor(), value = arguments[2].toTensor();
+  TORCH_CHECK(value.size(-1) <= key.size(-1), "the NPU's fused attention takes no values that are wider than the keys");
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), stack);
+}
+
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) {
+  m.impl("scaled_dot_product_attention", torch::CppFunction::makeFromBoxedFunction<&attention>());
+}
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_host>());
 }
