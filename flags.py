@@ -135,6 +135,10 @@ def get_args_parser():
         metavar="FILE", help="its weights; a file or a URL")
     add("--teacher-input-size", type=positive, metavar="PIXELS", help="resize the images for the teacher, which "
         "changes its labels (default: the student's size, or the teacher's own where it takes no other)")
+    add("--teacher-precision", default="same", choices=("same", "float32", "bf16"), help="number format of the "
+        "teacher: the student's (same), or its own; bf16 is checked against float32 before training")
+    add("--teacher-agreement", type=share, default=0.98, metavar="SHARE", help="stop if a teacher in bf16 has the "
+        "first choice of float32 for less than this share of 256 training crops")
     add("--write-teacher-labels", type=path, default="", metavar="DIR",
         help="train nothing, but store the teacher's labels of " "--epochs epochs with the crops of this run")
     add("--teacher-labels", type=path, default="", metavar="DIR", help="take stored labels, with their crops, over and "
@@ -269,6 +273,9 @@ def check_recipe(args):
     if (args.teacher_labels or args.write_teacher_labels) and args.distillation_type == "none":
         raise UserError("--distillation-type none has no teacher whose labels could be stored; leave {} out".format(
             "--teacher-labels" if args.teacher_labels else "--write-teacher-labels"))
+    if args.teacher_precision != "same" and (args.teacher_labels or args.distillation_type == "none"):
+        raise UserError("--teacher-precision {}: {} has no teacher to run; leave it out".format(args.teacher_precision,
+            "--teacher-labels" if args.teacher_labels else "--distillation-type none"))
     if args.teacher_labels and args.write_teacher_labels:
         raise UserError("--write-teacher-labels writes labels and --teacher-labels reads them; use one at a time")
     if args.start_epoch < 0 or args.start_epoch >= args.epochs:

@@ -46,6 +46,7 @@ from runtime.learning.models import (
 from runtime.learning.normalization import Renormalize, timm_statistics
 from runtime.learning.optimizer import build_optimizer
 from runtime.learning.teacher import build_teacher
+from runtime.learning.teacher_precision import need_precision, set_precision
 from runtime.machine import devices, processes, versions
 from runtime.machine.agreement import Agreement
 from runtime.machine.compiling import compile_module, frozen_weights
@@ -101,8 +102,10 @@ def build_criterion(args, num_classes, teacher):
                                    args.distillation_tau, args.model.startswith(EVO_DEIT)), mixup
 
 
-def build_teaching(args, classes, images, machine):
-    """(the teacher, stored labels of one): at most one of them, where the loss needs what it says."""
+def build_teaching(args, loader, machine):
+    """(the teacher, stored labels of one): at most one of them, where the loss needs what it says of the training
+    pictures of `loader`."""
+    classes, images = loader.dataset.dataset.classes, len(loader.dataset.dataset)
     if args.teacher_labels:
         replicas = machine.world.size * args.micro_batches
         labels = TeacherLabels(args.teacher_labels, label_settings(args, replicas, images, len(classes)))
@@ -113,8 +116,14 @@ def build_teaching(args, classes, images, machine):
     check_model_name(args.teacher_model, "--teacher-model")
     checkpoint = load_checkpoint(args.teacher_path, "--teacher-path")
     checkpoint.name_ignored(machine.say)
-    return build_teacher(args.teacher_model, checkpoint, classes, machine,
-                         args.input_size, args.teacher_input_size), None
+    own_format = args.teacher_precision != "same"
+    if own_format:
+        need_precision(args.teacher_precision, machine)
+    teacher = build_teacher(args.teacher_model, checkpoint, classes, machine, args.input_size, args.teacher_input_size,
+                            own_format)
+    if own_format:
+        set_precision(teacher, args.teacher_precision, loader.dataset, machine, args.teacher_agreement)
+    return teacher, None
 
 
 def build_learner(args, model, criterion, machine):
@@ -165,7 +174,7 @@ def train(args, given, checkpoint, machine, agreement, index):
     need_same_everywhere(settings, data, agreement)
     val_loader, shared = build_val_loader(args, machine, index)
     model = build_student(args, data.classes, say, checkpoint is None)
-    teacher, labels = build_teaching(args, data.classes, len(data), machine)
+    teacher, labels = build_teaching(args, loader, machine)
     macs = 3 * describe(model, args, machine)  # of a training image, forwards and backwards
     macs += count_macs(teacher.model, teacher.input_size or args.input_size) if teacher is not None else 0
     matmul_rate = measure_matmul_rate(machine.device, machine.precision.dtype) * machine.world.size
@@ -253,7 +262,7 @@ def write_labels(args, machine, index):
     """`--write-teacher-labels`: stores what the teacher says of --epochs epochs' crops; epochs that are stored stay."""
     loader = build_train_loader(args, machine, index)
     data, sampler = loader.dataset.dataset, loader.batch_sampler
-    teacher, _ = build_teaching(args, data.classes, len(data), machine)
+    teacher, _ = build_teaching(args, loader, machine)
     machine.precision.prepare(teacher)
     if args.compile:
         compile_module(teacher.model, machine.device.type, fullgraph=False, frozen=True)

@@ -1,5 +1,6 @@
 """The distillation teacher: any timm classifier by name, loaded from a checked file, frozen, shown the images as it was
 trained to see them, and arranged for speed."""
+from contextlib import nullcontext
 from typing import List, NamedTuple, Optional, Tuple
 
 import torch
@@ -37,28 +38,36 @@ class Teacher(nn.Module):
         view: how it sees the images.
         dtype: number format of weights and activations; None: float32, or what autocast makes of it.
         channels_last: memory format of the images and weights.
+        own_format: `dtype` also holds where the student computes in another one.
     """
 
     def __init__(self, model: nn.Module, view: View = View(), dtype: Optional[torch.dtype] = None,
-            channels_last: bool = False):
+            channels_last: bool = False, own_format: bool = False):
         super().__init__()
-        model.eval().requires_grad_(False)
-        self.model = model.to(dtype=dtype) if dtype is not None else model
+        self.model = model.eval().requires_grad_(False)
+        self.own_format = own_format
+        self.compute_in(dtype)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.input_size = view.input_size
-        self.dtype = dtype
         self.channels_last = channels_last
         self.renormalize = Renormalize(view.mean, view.std)
         self.register_buffer("columns", None if view.columns is None else torch.tensor(view.columns))
         self.eval()
+
+    def compute_in(self, dtype: Optional[torch.dtype]):
+        """Takes another number format, as at the class; what was rounded stays so."""
+        self.dtype = dtype
+        if dtype is not None:
+            self.model.to(dtype=dtype)
 
     def train(self, mode=True):
         """A teacher stays in eval mode."""
         return super().train(False)
 
     def forward(self, images):
-        with versions.inference_mode(), frozen_weights(images.device.type):
+        autocast = versions.without_autocast(images.device.type) if self.own_format else nullcontext()
+        with versions.inference_mode(), frozen_weights(images.device.type), autocast:
             images = self.renormalize(images)
             if self.input_size is not None and images.shape[-1] != self.input_size:
                 images = F.interpolate(images, size=(self.input_size, self.input_size), mode="bilinear",
@@ -110,14 +119,14 @@ def fold_batch_norms(model: nn.Module, images: torch.Tensor):
 
 
 def build_teacher(name: str, checkpoint, classes: List[str], machine: Machine, student_size: int,
-                  input_size: Optional[int] = None) -> Teacher:
+                  input_size: Optional[int] = None, own_format: bool = False) -> Teacher:
     """The Teacher `name` with the weights in `checkpoint` (a Checkpoint), on the machine, for a student that sees
     images of `student_size` pixels of these `classes`.
 
     input_size: what the user asks the teacher to be shown; if None the student's images as they are, or resized to the
-    teacher's own size where it takes no other. Its normalisation is that of its checkpoint, if that says so, else
-    timm's. Raises UserError for an unknown name and for a file that is of another architecture or trained on other
-    classes.
+    teacher's own size where it takes no other. own_format: it computes in float32, whatever the student computes in.
+    Its normalisation is that of its checkpoint, if that says so, else timm's. Raises UserError for an unknown name and
+    for a file that is of another architecture or trained on other classes.
     """
     check_model_name(name, "--teacher-model")
     own_classes = checkpoint.classes()
@@ -138,7 +147,8 @@ def build_teacher(name: str, checkpoint, classes: List[str], machine: Machine, s
     size = _fold_at(model, size, own_size, "" if input_size is None else name)
     mean, std = checkpoint.statistics() or timm_statistics(model)
     view = View(None if size == student_size else size, mean, std, columns)
-    return Teacher(model, view, machine.precision.dtype, machine.channels_last).to(machine.device)
+    dtype = torch.float32 if own_format else machine.precision.dtype
+    return Teacher(model, view, dtype, machine.channels_last, own_format).to(machine.device)
 
 
 def _fold_at(model, size, own_size, name):

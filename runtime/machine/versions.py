@@ -2,6 +2,7 @@
 models themselves need stands in evo_vit/compat.py."""
 import inspect
 import warnings
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -85,6 +86,15 @@ def autocast(device_type: str, dtype: torch.dtype):
     if hasattr(torch, "autocast"):
         return torch.autocast(device_type, dtype=dtype)
     return torch.cuda.amp.autocast()
+
+
+def without_autocast(device_type: str):
+    """Context in which nothing is cast."""
+    if device_type == "npu":
+        return torch.npu.amp.autocast(enabled=False)
+    if hasattr(torch, "autocast"):
+        return torch.autocast(device_type, enabled=False)
+    return torch.cuda.amp.autocast(enabled=False) if device_type == "cuda" and has_autocast("cuda") else nullcontext()
 
 
 def grad_scaler(device_type: str, fixed_scale=None):

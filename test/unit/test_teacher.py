@@ -1,10 +1,19 @@
-"""The teacher's file, as timm 0.4.12 wrote it, gives the same teacher under the installed timm."""
+"""The teacher's file, as timm 0.4.12 wrote it, gives the same teacher under the installed timm; and its own number
+format is held to float32."""
+import re
+import sys
+
+import commands
+import pytest
 import torch
 from reference import draw, images, load_json, relative_error
 
+from runtime.errors import UserError
 from runtime.keeping.checkpoint import load_checkpoint
-from runtime.learning.teacher import build_teacher
+from runtime.learning.teacher import Teacher, build_teacher
+from runtime.learning.teacher_precision import set_precision
 from runtime.machine.machine import Machine
+from runtime.machine.versions import has_autocast, has_bf16
 
 
 def test_a_teacher_saved_by_timm_0_4_12_gives_equal_outputs(tmp_path):
@@ -18,3 +27,65 @@ def test_a_teacher_saved_by_timm_0_4_12_gives_equal_outputs(tmp_path):
     with torch.no_grad():
         logits = teacher(images(64).float())
     assert relative_error(logits, facts["logits"]) < 1e-5
+
+
+class Close(torch.nn.Module):
+    """Two classes whose logits differ by a ten-thousandth, so that bf16 makes them equal: the second one's is larger
+    for bright pictures, the first one's for dark ones, which are below ImageNet's mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([1.0, 1.0001]))
+
+    def forward(self, images):
+        return images.mean(dim=(1, 2, 3))[:, None] * self.weight
+
+
+class Pictures:
+    """A training view of `count` grey pictures, every second of them dark."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, draw):
+        index, _ = draw
+        return (torch.full((8, 8, 3), 250 * (index % 2), dtype=torch.uint8), []), 0, index, []
+
+
+def test_a_teacher_in_bf16_is_held_to_float32(capsys):
+    machine = Machine(torch.device("cpu"))
+    for needed in (0.0, 0.4):
+        teacher = Teacher(Close(), dtype=torch.float32, own_format=True)
+        assert 0.4 < set_precision(teacher, "bf16", Pictures(300), machine, needed) < 0.6
+        assert teacher.dtype is torch.bfloat16 and teacher.model.weight.dtype is torch.bfloat16
+        assert "Teacher in bf16: its first choice is that of float32 for 5" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"that of float32 for 5.* of 256 training crops only.* than 0.98"):
+        set_precision(Teacher(Close(), dtype=torch.float32, own_format=True), "bf16", Pictures(300), machine, 0.98)
+
+
+@pytest.mark.skipif(not has_autocast("cpu"), reason="this PyTorch has no mixed precision on a CPU")
+def test_a_teachers_own_format_holds_in_a_student_of_another():
+    x, layer = images(64).float(), torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())
+    with torch.no_grad():
+        exact = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(Teacher(layer, dtype=torch.float32, own_format=True)(x), exact)
+        assert not torch.equal(Teacher(layer)(x), exact)
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not has_bf16("cpu"), reason="this PyTorch's CPU has no bf16")
+def test_main_trains_with_a_teacher_in_bf16(digit_folder, teacher, tmp_path):
+    flags = ["--teacher-model", "regnety_002", "--teacher-path", teacher, "--data-path", digit_folder, "--epochs", 1,
+             "--max-steps", 2, "--output_dir", tmp_path / "out", "--model", "EvoLeViT_128S"]
+    printed = commands.succeed("--teacher-precision", "bf16", "--teacher-agreement", 0.5, *flags)
+    share = re.search(r"Teacher in bf16: its first choice is that of float32 for ([\d.]+)% of 256 training", printed)
+    assert 50 <= float(share.group(1)) <= 100
+    for wrong, sentence in ((["--distillation-type", "none"], "--distillation-type none has no teacher to run"),
+                            (["--teacher-labels", tmp_path], "--teacher-labels has no teacher to run")):
+        code, _, err = commands.run([sys.executable, commands.MAIN] + commands.SMALL + flags + [
+            "--teacher-precision", "bf16"] + wrong)
+        assert code == 2 and sentence in err and err.count("\n") == 1, err
