@@ -24,10 +24,9 @@ def need_precision(name: str, machine: Machine):
 
 
 @torch.no_grad()
-def _first_choices(teacher, view, draws, machine):
-    """(n,) the teacher's first choices for the training crops `draws`, [(index, seed)], of a TrainingView."""
-    batches = (collate([view[draw] for draw in draws[start:start + _BATCH]]) for start in range(0, len(draws), _BATCH))
-    return torch.cat([teacher(machine.images(pixels)).argmax(dim=1) for pixels, *_ in batches])
+def _first_choices(teacher, batches, machine):
+    """(n,) the teacher's first choices for all pictures of `batches`, bytes as machine.images takes them."""
+    return torch.cat([teacher(machine.images(pixels)).argmax(dim=1) for pixels in batches])
 
 
 def set_precision(teacher: Teacher, name: str, view: Dataset, machine: Machine, needed: float) -> float:
@@ -41,9 +40,11 @@ def set_precision(teacher: Teacher, name: str, view: Dataset, machine: Machine, 
         return 1.0
     count = min(CROPS, len(view))
     draws = [(number * len(view) // count, number) for number in range(machine.world.rank, count, machine.world.size)]
-    exact = _first_choices(teacher, view, draws, machine)
+    batches = [collate([view[draw] for draw in draws[start:start + _BATCH]])[0]
+               for start in range(0, len(draws), _BATCH)]
+    exact = _first_choices(teacher, batches, machine)
     teacher.compute_in(DTYPES[name])
-    same, total = machine.sum((_first_choices(teacher, view, draws, machine) == exact).sum().item(), len(draws))
+    same, total = machine.sum((_first_choices(teacher, batches, machine) == exact).sum().item(), len(draws))
     share = same / total
     if share < needed:
         raise UserError("--teacher-precision {}: the teacher's first choice is that of float32 for {:.1%} of {} "
