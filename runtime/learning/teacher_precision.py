@@ -38,7 +38,7 @@ def set_precision(teacher: Teacher, name: str, view: Dataset, machine: Machine, 
     """
     if name == "float32":
         return 1.0
-    count = min(CROPS, len(view))
+    count = min(max(CROPS, machine.world.size), len(view))  # at least one for each process
     draws = [(number * len(view) // count, number) for number in range(machine.world.rank, count, machine.world.size)]
     batches = [collate([view[draw] for draw in draws[start:start + _BATCH]])[0]
                for start in range(0, len(draws), _BATCH)]

@@ -13,6 +13,7 @@ from runtime.keeping.checkpoint import load_checkpoint
 from runtime.learning.teacher import Teacher, build_teacher
 from runtime.learning.teacher_precision import set_precision
 from runtime.machine.machine import Machine
+from runtime.machine.processes import World
 from runtime.machine.versions import has_autocast, has_bf16
 
 
@@ -64,6 +65,12 @@ def test_a_teacher_in_bf16_is_held_to_float32(capsys):
         assert "Teacher in bf16: its first choice is that of float32 for 5" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"that of float32 for 5.* of 256 training crops only.* than 0.98"):
         set_precision(Teacher(Close(), dtype=torch.float32, own_format=True), "bf16", Pictures(300), machine, 0.98)
+
+
+def test_of_more_processes_than_crops_each_has_one():
+    teacher = Teacher(Close(), dtype=torch.float32, own_format=True)
+    machine = Machine(torch.device("cpu"), World(300, 512, 4, 8))
+    assert set_precision(teacher, "bf16", Pictures(1000), machine, 0.0) in (0.0, 1.0)
 
 
 @pytest.mark.skipif(not has_autocast("cpu"), reason="this PyTorch has no mixed precision on a CPU")
