@@ -1,4 +1,5 @@
-"""Measures speed and memory, contender against contender in turn, in one process. PERFORMANCE.md holds such tables.
+"""Measures speed and memory, contender against contender in turn, each in a process of its own. PERFORMANCE.md holds
+such tables.
 
 python benchmark.py inference --compare EvoLeViT_256,plain EvoLeViT_256,fuse levit_256,fuse
 python benchmark.py train     --compare EvoLeViT_256,plain EvoLeViT_256 EvoLeViT_256,compile
@@ -10,6 +11,7 @@ python benchmark.py report    (all tables, about 40 minutes; --quick: 5)
 A contender is a model of timm's registry and, behind commas, how it runs:
   plain          bench/plain.py: the paper's equations and the published step, written down without a thought of speed;
                  the C library gives its memory back to the system, as it does when it is left alone
+  published      the published code itself, with its own defaults; --published names a checkout of its repository
   dense          no token selection: every token goes through every block
   keep=SHARE     this share of the tokens goes the slow way where tokens are selected
   fuse           batch norms folded (inference)
@@ -18,6 +20,7 @@ A contender is a model of timm's registry and, behind commas, how it runs:
   channels-last, contiguous    memory format; if not given the one that suits the device
   teacher=NAME   distils from this model (train; regnety_160 if not given), or from none
   teacher-size=N shows the teacher images of N pixels
+  teacher-precision=P    the teacher in a format of its own, as main.py's flag: float32, bf16, int8 (train)
   stored         has the teacher's labels already, as with main.py --teacher-labels
 A loader is plain (torchvision's and timm's) or recipe (main.py's), and behind commas draft (--jpeg-draft), fast
 (--image-backend fast), normalized (with the work that main.py leaves to the device), once (without repeated
@@ -27,11 +30,9 @@ python benchmark.py inference --keep-ratio 1 0.9 0.7 0.5 0.3 --compare EvoLeViT_
 races a contender with each share of its tokens and evaluates a checkpoint of it with each: speed against accuracy.
 """
 import argparse
-import gc
 import itertools
+import os
 import statistics
-import subprocess
-import sys
 import time
 from contextlib import nullcontext
 
@@ -41,13 +42,13 @@ from runtime import command  # first: it makes torchvision importable on a CPU-o
 import torch
 
 import engine
-from bench import contenders, operators, report, tradeoff
+from bench import contenders, operators, report, tradeoff, turns
 from evo_vit.compat import versions
 from runtime.errors import UserError
 from runtime.keeping.files import write_json, write_text
 from runtime.learning.models import default_input_size
 from runtime.machine.cost import measure_matmul_rate
-from runtime.machine.devices import keep_freed_memory, peak_memory_mb, select_device, synchronize
+from runtime.machine.devices import keep_freed_memory, select_device, synchronize
 from runtime.machine.machine import Machine
 
 TASKS = {"inference": ["EvoLeViT_256,plain", "EvoLeViT_256,fuse", "levit_256,fuse"],
@@ -76,7 +77,8 @@ def get_args_parser():
     add("--seconds", type=float, default=1.0, metavar="S", help="how long a turn lasts at least, in seconds")
     add("--device", default="auto", choices=("auto", "npu", "cuda", "cpu"), help="auto takes the first of npu, cuda "
         "and cpu")
-    add("--memory", action="store_true", help="also the peak memory of a process that runs nothing but the contender")
+    add("--published", type=command.path, metavar="DIR", help="a checkout of the published code, for the contenders "
+        "named published; report: what the tables compare with, in place of plain")
     add("--json", type=command.path, metavar="FILE", help="write the figures there")
     add("--keep-ratio", type=float, nargs="+", metavar="SHARE", help="inference and train: every contender with each "
         "of these shares of its tokens")
@@ -87,69 +89,23 @@ def get_args_parser():
     add("--plot", type=command.path, metavar="FILE", help="with --keep-ratio: write the table and the curve as a page")
     add("--quick", action="store_true", help="report: fewer rounds, and without the compiler")
     add("--output", type=command.path, metavar="DIR", help="report: folder of the page, docs/performance if not given")
-    add("--only-memory", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
-def build(args, text, batch, size, device, folder):
-    if args.task == "loader":
-        return contenders.loader(text, batch, size, device, folder)
-    return getattr(contenders, args.task)(text, batch, size, device)
-
-
-def take_turn(contender, seconds, device):
-    """Seconds per run, of runs that last for `seconds` at least."""
-    keep_freed_memory(not contender.plain)
-    contender.run()  # finds the caches as the contender before it has left them
-    synchronize(device)
-    count, start = 0, time.perf_counter()
-    while count == 0 or time.perf_counter() - start < seconds:
-        contender.run()
-        count += 1
-    synchronize(device)
-    return (time.perf_counter() - start) / count
-
-
-def race(built, rounds, seconds, device):
-    """[[seconds per run, one for each round] for each contender], every contender in turn in every round."""
-    for contender in built:  # compiles, fills caches
-        for _ in range(2):
-            contender.run()
-    synchronize(device)
-    times = [[] for _ in built]
-    for _ in range(rounds):
-        for contender, seconds_per_run in zip(built, times):
-            seconds_per_run.append(take_turn(contender, seconds, device))
-    return times
-
-
-def memory_of(args, text, batch, size):
-    """Peak memory in MiB of a process that runs `text` three times."""
-    command = [sys.executable, __file__, args.task, "--compare", text, "--batch-size", str(batch), "--input-size",
-        str(size), "--device", args.device, "--only-memory"]
-    result = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True)
-    if result.returncode:
-        raise UserError("{} ended with exit code {} when its memory was measured".format(text, result.returncode))
-    return float(result.stdout.split()[-1])
-
-
-def compare(args, texts, batch, size, device, folder, rate):
+def compare(args, texts, batch, size, folder, rate):
     """The rows of one table, as dicts."""
-    built = [build(args, text, batch, size, device, folder) for text in texts]
-    times = race(built, args.rounds, args.seconds, device)
+    results = turns.race(texts, turns.Place(args.task, batch, size, args.device, folder, args.published), args.rounds,
+                         args.seconds)
     rows = []
-    for text, contender, seconds in zip(texts, built, times):
+    for text, (seconds, images, macs, peak) in zip(texts, results):
+        median = statistics.median(seconds)
         # round by round, so that noise of minutes cancels
-        ratios = [first / own for first, own in zip(times[0], seconds)]
-        rows.append({"contender": text, "batch_size": batch, "input_size": size,
-            "milliseconds": 1e3 * statistics.median(seconds), "milliseconds_min": 1e3 * min(seconds),
-            "milliseconds_max": 1e3 * max(seconds), "images_per_s": contender.images / statistics.median(seconds),
-             "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-            "gflops": contender.macs and 2e-9 * contender.macs, "of_matmul_rate": contender.macs
-            and 2 * contender.macs / statistics.median(seconds) / rate, "peak_memory_mb": memory_of(args, text, batch,
-             size) if args.memory else None})
-    del built
-    gc.collect()
+        ratios = [first / own for first, own in zip(results[0].seconds, seconds)]
+        rows.append({"contender": text, "batch_size": batch, "input_size": size, "milliseconds": 1e3 * median,
+            "milliseconds_min": 1e3 * min(seconds), "milliseconds_max": 1e3 * max(seconds),
+            "images_per_s": images / median, "ratio": statistics.median(ratios), "ratio_min": min(ratios),
+            "ratio_max": max(ratios), "gflops": macs and 2e-9 * macs,
+            "of_matmul_rate": macs and 2 * macs / median / rate, "peak_memory_mb": peak})
     return rows
 
 
@@ -208,6 +164,19 @@ def break_down(args, text, batch, size, device, folder):
             for name, seconds in watch.seconds.items()]
 
 
+def need_published(texts, args):
+    """Raises UserError where a contender of `texts` is the published code and there is none, or the task cannot run
+    it, and for a folder that does not exist."""
+    for text in texts:
+        if "published" in text.split(",")[1:]:
+            if args.task not in ("inference", "train"):
+                raise UserError("contender {}: the published code runs in inference and train alone".format(text))
+            if args.published is None:
+                raise UserError("contender {}: --published DIR names a checkout of the published code".format(text))
+    if args.published is not None and not os.path.isdir(args.published):
+        raise UserError("--published {}: there is no such folder".format(args.published))
+
+
 def measure(args):
     """The figures, as they go to --json; None where they are for the process that measures memory."""
     device = select_device(args.device)
@@ -222,16 +191,8 @@ def measure(args):
         raise UserError("--resume and --plot need --keep-ratio")
     task = "train" if args.task in ("breakdown", "operators") else args.task
     names = [contenders.parse(task, text)[0] for text in texts]
+    need_published(texts, args)
     sizes = args.input_size or [224 if args.task == "loader" else default_input_size(names[0])]
-    folder = None
-    if args.only_memory:
-        contender = build(args, texts[0], args.batch_size[0], sizes[0], device, folder)
-        keep_freed_memory(not contender.plain)
-        for _ in range(3):
-            contender.run()
-        synchronize(device)
-        print(peak_memory_mb(device))
-        return None
     rate = measure_matmul_rate(device)
     figures = {"task": args.task, "device": device.type, "threads": torch.get_num_threads(),
         "torch": versions()["torch"], "matmul_gflops_per_s": rate / 1e9, "rows": []}
@@ -253,7 +214,7 @@ def measure(args):
                 figures["rows"] += rows
             return figures
         for batch, size in itertools.product(args.batch_size, sizes):
-            rows = compare(args, texts, batch, size, device, folder, rate)
+            rows = compare(args, texts, batch, size, folder, rate)
             show(rows)
             figures["rows"] += rows
     return figures
@@ -275,7 +236,8 @@ def add_accuracy(args, rows):
 
 def run(args):
     if args.task == "report":
-        report.report(select_device(args.device), args.quick, args.output)
+        need_published([], args)
+        report.report(select_device(args.device), args.quick, args.output, args.published)
         return
     if args.plot:
         command.need("--plot", "matplotlib")

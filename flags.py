@@ -135,10 +135,11 @@ def get_args_parser():
         metavar="FILE", help="its weights; a file or a URL")
     add("--teacher-input-size", type=positive, metavar="PIXELS", help="resize the images for the teacher, which "
         "changes its labels (default: the student's size, or the teacher's own where it takes no other)")
-    add("--teacher-precision", default="same", choices=("same", "float32", "bf16"), help="number format of the "
-        "teacher: the student's (same), or its own; bf16 is checked against float32 before training")
-    add("--teacher-agreement", type=share, default=0.98, metavar="SHARE", help="stop if a teacher in bf16 has the "
-        "first choice of float32 for less than this share of 256 training crops")
+    add("--teacher-precision", default="same", choices=("same", "float32", "bf16", "int8"), help="number format "
+        "of the teacher: the student's (same), or its own; bf16 and int8 (a CPU's) are checked against float32 before "
+        "training")
+    add("--teacher-agreement", type=share, default=0.98, metavar="SHARE", help="stop if a teacher in bf16 or int8 "
+        "has the first choice of float32 for less than this share of 256 training crops")
     add("--write-teacher-labels", type=path, default="", metavar="DIR",
         help="train nothing, but store the teacher's labels of " "--epochs epochs with the crops of this run")
     add("--teacher-labels", type=path, default="", metavar="DIR", help="take stored labels, with their crops, over and "

@@ -50,7 +50,7 @@ from runtime.learning.teacher_precision import need_precision, set_precision
 from runtime.machine import devices, processes, versions
 from runtime.machine.agreement import Agreement
 from runtime.machine.compiling import compile_module, frozen_weights
-from runtime.machine.cost import count_macs, measure_matmul_rate
+from runtime.machine.cost import measure_matmul_rate
 from runtime.machine.machine import Machine
 from runtime.machine.precision import build_precision
 from runtime.machine.profiling import profiled
@@ -122,7 +122,8 @@ def build_teaching(args, loader, machine):
     teacher = build_teacher(args.teacher_model, checkpoint, classes, machine, args.input_size, args.teacher_input_size,
                             own_format)
     if own_format:
-        set_precision(teacher, args.teacher_precision, loader.dataset, machine, args.teacher_agreement)
+        set_precision(teacher, args.teacher_precision, loader.dataset, machine, args.teacher_agreement,
+                      args.teacher_path)
     return teacher, None
 
 
@@ -143,7 +144,7 @@ def build_learner(args, model, criterion, machine):
     if args.compile:
         compile_module(model, machine.device.type, is_evo_name(args.model))
         if teacher is not None:
-            compile_module(teacher.model, machine.device.type, fullgraph=False, frozen=True)
+            teacher.compile(machine.device.type)
     return Learner(model, criterion, optimizer, machine, args.clip_grad, args.clip_mode, average), lr_scheduler
 
 
@@ -176,7 +177,7 @@ def train(args, given, checkpoint, machine, agreement, index):
     model = build_student(args, data.classes, say, checkpoint is None)
     teacher, labels = build_teaching(args, loader, machine)
     macs = 3 * describe(model, args, machine)  # of a training image, forwards and backwards
-    macs += count_macs(teacher.model, teacher.input_size or args.input_size) if teacher is not None else 0
+    macs += teacher.macs(args.input_size) if teacher is not None else 0
     matmul_rate = measure_matmul_rate(machine.device, machine.precision.dtype) * machine.world.size
     criterion, mixup = build_criterion(args, len(data.classes), teacher)
     unused = find_unused(model.to(machine.device), criterion, args, machine)
@@ -265,7 +266,7 @@ def write_labels(args, machine, index):
     teacher, _ = build_teaching(args, loader, machine)
     machine.precision.prepare(teacher)
     if args.compile:
-        compile_module(teacher.model, machine.device.type, fullgraph=False, frozen=True)
+        teacher.compile(machine.device.type)
     criterion, mixup = build_criterion(args, len(data.classes), teacher)
     index.keep()
     feed = Feed(loader, sampler, mixup)

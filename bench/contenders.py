@@ -25,7 +25,9 @@ from runtime.errors import UserError
 from runtime.learning.average import ModelEma
 from runtime.learning.models import apply_token_schedule, check_model_name, is_evo, is_evo_name
 from runtime.learning.optimizer import build_optimizer
+from runtime.learning.quantized import Quantized, quantize
 from runtime.learning.teacher import Teacher, View, fold_batch_norms
+from runtime.learning.teacher_precision import DTYPES, INT8, need_precision
 from runtime.machine.compiling import compile_module, frozen_weights
 from runtime.machine.cost import count_macs
 from runtime.machine.images import normalize
@@ -38,8 +40,8 @@ from samplers import RASampler
 from .plain import PlainEvoLeViT, PlainTraining
 
 CLASSES = 1000
-_MODES = {"plain", "dense", "keep", "compile", "amp", "channels-last", "contiguous"}
-WORDS = {"inference": _MODES | {"fuse"}, "train": _MODES | {"teacher", "teacher-size", "stored"},
+_MODES = {"plain", "published", "dense", "keep", "compile", "amp", "channels-last", "contiguous"}
+WORDS = {"inference": _MODES | {"fuse"}, "train": _MODES | {"teacher", "teacher-size", "teacher-precision", "stored"},
          "loader": {"draft", "fast", "normalized", "once"}}
 
 
@@ -68,6 +70,8 @@ def parse(task, text):
         raise UserError("contender {}: keep=SHARE is above 0 and at most 1".format(text))
     if not str(options.get("teacher-size", 1)).isdigit() or options.get("teacher") is True:
         raise UserError("contender {}: teacher=NAME is a model and teacher-size=N a number of pixels".format(text))
+    if options.get("teacher-precision", INT8) not in list(DTYPES) + [INT8]:
+        raise UserError("contender {}: teacher-precision is one of {}, int8".format(text, ", ".join(DTYPES)))
     if task == "loader":
         if name not in ("plain", "recipe"):
             raise UserError("contender {}: a loader is plain or recipe".format(text))
@@ -76,6 +80,9 @@ def parse(task, text):
     if ("plain" in options or "dense" in options or "keep" in options) and not is_evo_name(name):
         raise UserError(
             "contender {}: only Evo-LeViT and Evo-DeiT can run plain, dense or with keep=SHARE".format(text))
+    if "published" in options and (not is_evo_name(name) or set(options) - {"published", "teacher"}):
+        raise UserError("contender {}: the published code has Evo-LeViT and Evo-DeiT, and runs them one way; beside "
+                        "published only teacher=NAME".format(text))
     if "plain" in options and not name.startswith("EvoLeViT"):
         raise UserError("contender {}: only Evo-LeViT has a plain transcription".format(text))
     return name, options
@@ -88,7 +95,8 @@ def channels_last(options, device):
     return prefers_channels_last(device.type)
 
 
-def _build(name, size, device, distillation):
+def own_model(name, size, device, distillation):
+    """The model `name` of timm's registry on `device`, for images of `size` pixels, with random weights."""
     options = dict(img_size=size) if is_evo_name(name) or name.startswith(("levit", "vit", "deit")) else {}
     if is_evo_name(name):
         options.update(distillation=distillation)
@@ -114,7 +122,7 @@ def _fuse(model):
 def inference(text, batch, size, device):
     """A forward pass in eval mode of random images."""
     name, options = parse("inference", text)
-    model = _build(name, size, device, True).eval().requires_grad_(False)
+    model = own_model(name, size, device, True).eval().requires_grad_(False)
     if "dense" in options:
         model.set_token_selection(False)
     if "keep" in options:
@@ -149,7 +157,7 @@ class Training:
         plain, distil = "plain" in options, teacher_name != "none"
         if distil:
             check_model_name(teacher_name, "teacher")
-        self.model = model = _build(name, size, device, True).train()
+        self.model = model = own_model(name, size, device, True).train()
         if "keep" in options:
             model.set_keep_ratio(float(options["keep"]))
         apply_token_schedule(model, 0, 1 if "dense" in options else 0, 200)  # as in the first 200 of the 300 epochs
@@ -166,10 +174,10 @@ class Training:
             self.macs += batch * count_macs(teacher, teacher_size)
             if not plain:
                 fold_batch_norms(teacher, torch.zeros(1, 3, teacher_size, teacher_size))
-                teacher = Teacher(teacher, View(teacher_size), precision.dtype, last)
+                teacher = self._teacher(teacher, teacher_size, precision, last, options.get("teacher-precision"))
             teacher.to(device)
-            if "compile" in options:
-                compile_module(teacher.model, device.type, fullgraph=False, frozen=True)
+            if "compile" in options and not plain:
+                teacher.compile(device.type)
         kind = "cls" if distil or self.taught is not None else "none"
         self.criterion = DistillationLoss(SoftTargetCrossEntropy(), teacher, kind, 0.5, 1.0)
         args = Namespace(opt="adamw", lr=1e-4, weight_decay=0.025, opt_eps=1e-8, opt_betas=None, momentum=0.9)
@@ -187,6 +195,18 @@ class Training:
         if "compile" in options:
             compile_module(model, device.type)
         self.learner = Learner(model, self.criterion, self.optimizer, machine, 0.01, "agc", average)
+
+    def _teacher(self, network, size, precision, last, name):
+        """The folded `network` in the number format `name`, or in the student's."""
+        if name is None:
+            return Teacher(network, View(size), precision.dtype, last)
+        need_precision(name, Machine(self.images.device, precision=precision))
+        teacher = Teacher(network, View(size), torch.float32, last, own_format=True)
+        if name == INT8:
+            teacher.replace(Quantized(quantize(network, [torch.randn(8, 3, size, size)]), count_macs(network, size)))
+        else:
+            teacher.compute_in(DTYPES[name])
+        return teacher
 
     def run(self):
         return self.learner.update([(self.images, self.targets, self.taught)])

@@ -49,7 +49,7 @@ class Program(torch.nn.Module):
 
 # --- torch 1.5 writes ONNX that holds for one batch size. torch 2.9 on writes it in another way unless told
 # otherwise, which needs further packages and the opset 18 or a newer one.
-_ONNX_OPTIONS = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+ONNX_OPTIONS = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
 
 
 def _write_onnx(model, images, path, metadata, opset):
@@ -58,7 +58,7 @@ def _write_onnx(model, images, path, metadata, opset):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Python values that are fixed by tracing: token counts are meant to be
         torch.onnx.export(model, (images,), content, opset_version=opset or ONNX_OPSET, input_names=["images"],
-             output_names=["logits"], dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}}, **_ONNX_OPTIONS)
+             output_names=["logits"], dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}}, **ONNX_OPTIONS)
     graph = onnx.load_model_from_string(content.getvalue())
     onnx.helper.set_model_props(graph, {KEY: json.dumps(metadata)})
     onnx.checker.check_model(graph)

@@ -13,7 +13,8 @@ from evo_vit.layers import bn_scale_shift
 
 from ..errors import UserError
 from ..machine import versions
-from ..machine.compiling import frozen_weights
+from ..machine.compiling import compile_module, frozen_weights
+from ..machine.cost import count_macs
 from ..machine.machine import Machine
 from .models import check_model_name, default_input_size, load_weights
 from .normalization import Renormalize, timm_statistics
@@ -46,6 +47,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.own_format = own_format
+        self.compiled = False
         self.compute_in(dtype)
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -61,17 +63,36 @@ class Teacher(nn.Module):
         if dtype is not None:
             self.model.to(dtype=dtype)
 
+    def replace(self, network: nn.Module):
+        """Takes another network for float32 images on a CPU, that is compiled already."""
+        self.model, self.dtype, self.channels_last, self.compiled = network, None, False, True
+
+    def compile(self, device_type: str):
+        """Lets the network be compiled when it is first called; raises UserError as compile_module does."""
+        if not self.compiled:
+            compile_module(self.model, device_type, fullgraph=False, frozen=True)
+            self.compiled = True
+
+    def macs(self, size: int) -> int:
+        """Multiply-adds for an image that comes with `size` pixels."""
+        return count_macs(self.model, self.input_size or size)
+
     def train(self, mode=True):
         """A teacher stays in eval mode."""
         return super().train(False)
 
+    def prepare(self, images):
+        """Images as the student sees them -> as this network does."""
+        images = self.renormalize(images)
+        if self.input_size is not None and images.shape[-1] != self.input_size:
+            images = F.interpolate(images, size=(self.input_size, self.input_size), mode="bilinear",
+                                   align_corners=False)
+        return images
+
     def forward(self, images):
         autocast = versions.without_autocast(images.device.type) if self.own_format else nullcontext()
         with versions.inference_mode(), frozen_weights(images.device.type), autocast:
-            images = self.renormalize(images)
-            if self.input_size is not None and images.shape[-1] != self.input_size:
-                images = F.interpolate(images, size=(self.input_size, self.input_size), mode="bilinear",
-                                       align_corners=False)
+            images = self.prepare(images)
             if self.dtype is not None:
                 images = images.to(self.dtype)
             if self.channels_last:

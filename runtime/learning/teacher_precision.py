@@ -1,50 +1,103 @@
 """A teacher that computes in another number format than its student, held to what it says in float32."""
+import importlib
+import os
+
 import torch
 from torch.utils.data import Dataset
 
-from ..errors import UserError
+from ..errors import SaveFailed, UserError
+from ..keeping.files import write_whole
 from ..machine import versions
 from ..machine.machine import Machine
+from ..machine.processes import share_bytes
 from ..pictures.batches import collate
+from .quantized import Quantized, fingerprint, quantize
 from .teacher import Teacher
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+INT8 = "int8"
 CROPS = 256  # by which a format is judged
+CALIBRATION = 64  # other crops, from which int8 takes its ranges
 _BATCH = 32
 
 
 def need_precision(name: str, machine: Machine):
-    """Raises UserError where a teacher cannot compute in `name`, one of DTYPES, beside the student."""
+    """Raises UserError where a teacher cannot compute in `name`, one of DTYPES or INT8, beside the student."""
     if machine.precision.backend == "apex":
         raise UserError("--teacher-precision {}: apex decides how every model computes; use --amp-backend native, or "
                         "leave it out".format(name))
     if name == "bf16" and not versions.has_bf16(machine.device.type):
         raise UserError("--teacher-precision bf16: this {} does not compute in bf16; use float32".format(
             machine.device.type))
+    if name != INT8:
+        return
+    if machine.device.type != "cpu":
+        raise UserError("--teacher-precision int8 is for a CPU; on {} use bf16".format(machine.device.type))
+    try:
+        for package in ("onnx", "onnxruntime.quantization"):
+            importlib.import_module(package)
+    except ImportError:
+        raise UserError("--teacher-precision int8 needs onnx and onnxruntime; pip install onnx onnxruntime")
+
+
+def _crops(view, draws, machine):
+    """Batches of the training crops `draws`, bytes as machine.images takes them."""
+    return [collate([view[draw] for draw in draws[start:start + _BATCH]])[0]
+            for start in range(0, len(draws), _BATCH)]
+
+
+def _spread(count, view, first=0):
+    """`count` draws, evenly spread over the pictures; `first`: the number of the first draw."""
+    return [(number * len(view) // count, first + number) for number in range(count)]
 
 
 @torch.no_grad()
 def _first_choices(teacher, batches, machine):
-    """(n,) the teacher's first choices for all pictures of `batches`, bytes as machine.images takes them."""
+    """(n,) the teacher's first choices for all pictures of `batches`."""
     return torch.cat([teacher(machine.images(pixels)).argmax(dim=1) for pixels in batches])
 
 
-def set_precision(teacher: Teacher, name: str, view: Dataset, machine: Machine, needed: float) -> float:
-    """From now on `teacher`, a float32 one, computes in `name`, one of DTYPES, whatever its student computes in.
+def _quantized(teacher, view, machine, teacher_path):
+    """The int8 network of the teacher's, the same bytes for every process: the first one's file beside `teacher_path`,
+    or else what it makes and keeps there."""
+    content = b""
+    if machine.world.is_main:
+        crops = _crops(view, _spread(min(CALIBRATION, len(view)), view, CROPS), machine)
+        images = [teacher.prepare(machine.images(pixels)) for pixels in crops]
+        path = "{}.int8-{}.onnx".format(teacher_path, fingerprint(teacher.model, images[0].shape[-1]))
+        if os.path.isfile(path):
+            with open(path, "rb") as f:
+                content = f.read()
+            machine.say("Teacher in int8: {}".format(path))
+        else:
+            machine.say("Teacher in int8: calibrating it on {} training crops (once)".format(sum(map(len, images))))
+            content = quantize(teacher.model, images)
+            try:
+                write_whole(path, lambda f: f.write(content))
+            except SaveFailed as error:
+                machine.say("Note: it is not kept for the next run ({})".format(error))
+    return share_bytes(content)
+
+
+def set_precision(teacher: Teacher, name: str, view: Dataset, machine: Machine, needed: float, teacher_path: str):
+    """From now on `teacher`, a float32 one, computes in `name`, one of DTYPES or INT8, whatever its student computes
+    in.
 
     Measures on CROPS training crops of `view` (a TrainingView), evenly spread over its pictures and the processes, for
-    what share its first choice stays that of float32, prints and returns it. Raises UserError where that is less than
-    `needed`.
+    what share its first choice stays that of float32, prints and returns it. The int8 network is kept beside
+    `teacher_path`. Raises UserError where the share is less than `needed`.
     """
     if name == "float32":
         return 1.0
     count = min(max(CROPS, machine.world.size), len(view))  # at least one for each process
-    draws = [(number * len(view) // count, number) for number in range(machine.world.rank, count, machine.world.size)]
-    batches = [collate([view[draw] for draw in draws[start:start + _BATCH]])[0]
-               for start in range(0, len(draws), _BATCH)]
+    batches = _crops(view, _spread(count, view)[machine.world.rank::machine.world.size], machine)
     exact = _first_choices(teacher, batches, machine)
-    teacher.compute_in(DTYPES[name])
-    same, total = machine.sum((_first_choices(teacher, batches, machine) == exact).sum().item(), len(draws))
+    if name == INT8:
+        size = machine.images(batches[0]).shape[-1]
+        teacher.replace(Quantized(_quantized(teacher, view, machine, teacher_path), teacher.macs(size)))
+    else:
+        teacher.compute_in(DTYPES[name])
+    same, total = machine.sum((_first_choices(teacher, batches, machine) == exact).sum().item(), len(exact))
     share = same / total
     if share < needed:
         raise UserError("--teacher-precision {}: the teacher's first choice is that of float32 for {:.1%} of {} "

@@ -27,7 +27,7 @@ def count_macs(model: nn.Module, img_size: int) -> int:
     counted = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) or hasattr(m, "macs")]
     hooks = [m.register_forward_hook(add) for m in counted]
     training = model.training
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), torch.zeros(()))  # an int8 network shows none
     try:
         model.eval()(torch.zeros(1, 3, img_size, img_size, dtype=parameter.dtype, device=parameter.device))
     finally:

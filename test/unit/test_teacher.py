@@ -1,6 +1,7 @@
 """The teacher's file, as timm 0.4.12 wrote it, gives the same teacher under the installed timm; and its own number
 format is held to float32."""
 import re
+import shutil
 import sys
 
 import commands
@@ -8,13 +9,15 @@ import pytest
 import torch
 from reference import draw, images, load_json, relative_error
 
+from evo_vit.compat import TORCH
 from runtime.errors import UserError
 from runtime.keeping.checkpoint import load_checkpoint
 from runtime.learning.teacher import Teacher, build_teacher
-from runtime.learning.teacher_precision import set_precision
+from runtime.learning.teacher_precision import need_precision, set_precision
 from runtime.machine.machine import Machine
 from runtime.machine.processes import World
 from runtime.machine.versions import has_autocast, has_bf16
+from runtime.pictures.batches import collate
 
 
 def test_a_teacher_saved_by_timm_0_4_12_gives_equal_outputs(tmp_path):
@@ -60,17 +63,84 @@ def test_a_teacher_in_bf16_is_held_to_float32(capsys):
     machine = Machine(torch.device("cpu"))
     for needed in (0.0, 0.4):
         teacher = Teacher(Close(), dtype=torch.float32, own_format=True)
-        assert 0.4 < set_precision(teacher, "bf16", Pictures(300), machine, needed) < 0.6
+        assert 0.4 < set_precision(teacher, "bf16", Pictures(300), machine, needed, "teacher.pth") < 0.6
         assert teacher.dtype is torch.bfloat16 and teacher.model.weight.dtype is torch.bfloat16
         assert "Teacher in bf16: its first choice is that of float32 for 5" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"that of float32 for 5.* of 256 training crops only.* than 0.98"):
-        set_precision(Teacher(Close(), dtype=torch.float32, own_format=True), "bf16", Pictures(300), machine, 0.98)
+        set_precision(Teacher(Close(), dtype=torch.float32, own_format=True), "bf16", Pictures(300), machine, 0.98,
+                      "teacher.pth")
+
+
+class Levels(torch.nn.Module):
+    """Four classes of brightness, with convolutions and a linear map for int8 to round."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(3, 16, 3, bias=True)
+        self.linear = torch.nn.Linear(16, 4)
+
+    def forward(self, images):
+        return self.linear(self.conv(images).relu().mean(dim=(2, 3)))
+
+
+def need_onnxruntime():
+    pytest.importorskip("onnxruntime.quantization", reason="ONNX Runtime is not there for this Python")
+
+
+@pytest.mark.skipif(TORCH < (1, 8), reason="this PyTorch writes ONNX for one batch size alone")
+def test_a_teacher_in_int8_is_made_once_and_held_to_float32(tmp_path, capsys):
+    need_onnxruntime()
+    machine, path, made = Machine(torch.device("cpu")), str(tmp_path / "teacher.pth"), []
+    pictures = Pictures(300)
+    for run in range(2):
+        teacher = Teacher(Levels().eval(), dtype=torch.float32, own_format=True)
+        x = machine.images(collate([pictures[draw] for draw in ((0, 0), (1, 1), (2, 2))])[0])
+        exact, size = teacher(x), teacher.macs(8)
+        assert set_precision(teacher, "int8", pictures, machine, 0.9, path) > 0.9
+        assert 0 < relative_error(teacher(x), exact) < 0.05 and teacher.macs(8) == size
+        teacher.compile("cpu")  # it is compiled: that leaves it alone
+        assert torch.equal(teacher(x), teacher(x))
+        made.append(teacher(x))
+        printed = capsys.readouterr().out
+        assert "Teacher in int8: its first choice is that of float32 for " in printed
+        assert ("calibrating it on 64 training crops" in printed) == (run == 0)
+    assert torch.equal(*made) and len(list(tmp_path.iterdir())) == 1
+    # other weights have another file
+    other = Levels().eval()
+    with torch.no_grad():
+        other.linear.bias[2] += 1.0
+    set_precision(Teacher(other, dtype=torch.float32, own_format=True), "int8", pictures, machine, 0.9, path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.skipif(TORCH < (1, 8), reason="this PyTorch writes ONNX for one batch size alone")
+def test_a_teacher_in_int8_that_cannot_be_kept_is_used_once(tmp_path, capsys):
+    need_onnxruntime()
+    teacher = Teacher(Levels().eval(), dtype=torch.float32, own_format=True)
+    assert set_precision(teacher, "int8", Pictures(300), Machine(torch.device("cpu")), 0.9,
+                         str(tmp_path / "gone" / "teacher.pth")) > 0.9
+    assert "it is not kept for the next run" in capsys.readouterr().out
+
+
+def test_where_a_teacher_cannot_compute_in_int8():
+    need_onnxruntime()
+    with pytest.raises(UserError, match="int8 is for a CPU; on cuda use bf16"):
+        need_precision("int8", Machine(torch.device("cuda")))
+
+    class Unwritable(Levels):
+        def forward(self, images):
+            return super().forward(torch.fft.ifft(torch.fft.fft(images)).real)
+
+    with pytest.raises(UserError, match="the teacher cannot be written in int8"):
+        set_precision(Teacher(Unwritable().eval(), dtype=torch.float32, own_format=True), "int8", Pictures(300),
+                      Machine(torch.device("cpu")), 0.9, "teacher.pth")
 
 
 def test_of_more_processes_than_crops_each_has_one():
     teacher = Teacher(Close(), dtype=torch.float32, own_format=True)
     machine = Machine(torch.device("cpu"), World(300, 512, 4, 8))
-    assert set_precision(teacher, "bf16", Pictures(1000), machine, 0.0) in (0.0, 1.0)
+    assert set_precision(teacher, "bf16", Pictures(1000), machine, 0.0, "teacher.pth") in (0.0, 1.0)
 
 
 @pytest.mark.skipif(not has_autocast("cpu"), reason="this PyTorch has no mixed precision on a CPU")
@@ -84,15 +154,24 @@ def test_a_teachers_own_format_holds_in_a_student_of_another():
 
 
 @pytest.mark.once
-@pytest.mark.skipif(not has_bf16("cpu"), reason="this PyTorch's CPU has no bf16")
-def test_main_trains_with_a_teacher_in_bf16(digit_folder, teacher, tmp_path):
+@pytest.mark.parametrize("name", [
+    pytest.param("bf16", marks=pytest.mark.skipif(not has_bf16("cpu"), reason="this PyTorch's CPU has no bf16")),
+    pytest.param("int8", marks=pytest.mark.skipif(TORCH < (1, 8), reason="this PyTorch writes no such ONNX"))])
+def test_main_trains_with_a_teacher_in_a_format_of_its_own(name, digit_folder, teacher, tmp_path):
+    if name == "int8":
+        need_onnxruntime()
+    shutil.copy(teacher, str(tmp_path / "teacher.pth"))
+    teacher = tmp_path / "teacher.pth"
     flags = ["--teacher-model", "regnety_002", "--teacher-path", teacher, "--data-path", digit_folder, "--epochs", 1,
              "--max-steps", 2, "--output_dir", tmp_path / "out", "--model", "EvoLeViT_128S"]
-    printed = commands.succeed("--teacher-precision", "bf16", "--teacher-agreement", 0.5, *flags)
-    share = re.search(r"Teacher in bf16: its first choice is that of float32 for ([\d.]+)% of 256 training", printed)
+    found, launch = commands.launchers(2), [sys.executable]
+    if name == "int8":  # one process makes the network, both use it
+        launch = found.get("torchrun", found["launch"])
+    printed = commands.succeed("--teacher-precision", name, "--teacher-agreement", 0.5, *flags, launch=launch)
+    share = re.search("Teacher in {}: its first choice is that of float32 for ([0-9.]+)% of 256".format(name), printed)
     assert 50 <= float(share.group(1)) <= 100
     for wrong, sentence in ((["--distillation-type", "none"], "--distillation-type none has no teacher to run"),
                             (["--teacher-labels", tmp_path], "--teacher-labels has no teacher to run")):
         code, _, err = commands.run([sys.executable, commands.MAIN] + commands.SMALL + flags + [
-            "--teacher-precision", "bf16"] + wrong)
+            "--teacher-precision", name] + wrong)
         assert code == 2 and sentence in err and err.count("\n") == 1, err

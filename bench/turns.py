@@ -1,0 +1,128 @@
+"""Contenders take turns, each in a process of its own: with its own C library settings, caches and peak of memory."""
+import multiprocessing
+import signal
+import time
+from typing import List, NamedTuple, Optional
+
+from runtime import command  # noqa: F401  (first: it makes torchvision importable on a CPU-only PyTorch)
+
+# isort: split
+from runtime.errors import RunFailed, UserError
+from runtime.machine.devices import keep_freed_memory, peak_memory_mb, select_device, synchronize
+
+from . import contenders
+
+WARM_UP = 2  # runs: compiles, fills caches
+
+
+class Place(NamedTuple):
+    """What a contender is given beside its name: task, batch, side of the images, device by name, and folders."""
+    task: str
+    batch: int
+    size: int
+    device: str
+    photos: Optional[str] = None  # the loader's pictures
+    published: Optional[str] = None  # a checkout of the published code
+
+
+class Result(NamedTuple):
+    """What a contender has shown: seconds per run in each round, its images and multiply-adds per run, and the peak
+    memory of its process in MiB."""
+    seconds: List[float]
+    images: int
+    macs: Optional[int]
+    peak_memory_mb: float
+
+
+def build(text, place):
+    """The contenders.Contender of `text`. Raises UserError as contenders' functions do."""
+    device = select_device(place.device)
+    if place.task == "loader":
+        return contenders.loader(text, place.batch, place.size, device, place.photos)
+    if "published" in text.split(",")[1:]:
+        from . import published  # it needs more of timm than every supported version has
+        return published.build(text, place)
+    return getattr(contenders, place.task)(text, place.batch, place.size, device)
+
+
+def _take_turn(contender, seconds, device):
+    """Seconds per run, of runs that last for `seconds` at least."""
+    contender.run()  # finds the caches as the contender before it has left them
+    synchronize(device)
+    count, start = 0, time.perf_counter()
+    while count == 0 or time.perf_counter() - start < seconds:
+        contender.run()
+        count += 1
+    synchronize(device)
+    return (time.perf_counter() - start) / count
+
+
+def _serve(connection, text, place):
+    """A contender's process: says what it is, then takes a turn for each number of seconds that it receives, and ends
+    with its peak memory when it receives None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends it
+    device = select_device(place.device)
+    try:
+        contender = build(text, place)
+    except UserError as error:
+        connection.send(error)
+        return
+    keep_freed_memory(not contender.plain)
+    for _ in range(WARM_UP):
+        contender.run()
+    synchronize(device)
+    connection.send((contender.images, contender.macs))
+    for seconds in iter(connection.recv, None):
+        connection.send(_take_turn(contender, seconds, device))
+    connection.send(peak_memory_mb(device))
+
+
+class _Worker:
+    """The first process's end of a contender's."""
+
+    def __init__(self, text, place):
+        self.text = text
+        context = multiprocessing.get_context("spawn")  # a fork would inherit threads that it does not have
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, text, place), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.images, self.macs = self.receive()
+
+    def receive(self):
+        try:
+            answer = self.connection.recv()
+        except EOFError:
+            self.process.join()
+            raise RunFailed("contender {}: its process ended with exit code {}".format(
+                self.text, self.process.exitcode))
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    def ask(self, seconds):
+        self.connection.send(seconds)
+        return self.receive()
+
+    def stop(self):
+        self.process.terminate()
+        self.process.join()
+
+
+def race(texts: List[str], place: Place, rounds: int, seconds: float) -> List[Result]:
+    """Every contender of `texts` in turn in every one of `rounds`, for `seconds` at least.
+
+    They are built one after the other, so that none slows another's start. Raises UserError for one that cannot be
+    built, and RunFailed for one whose process ends.
+    """
+    workers = []
+    try:
+        for text in texts:
+            workers.append(_Worker(text, place))
+        times = [[worker.ask(seconds) for worker in workers] for _ in range(rounds)]
+        peaks = [worker.ask(None) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.stop()
+    return [Result(list(own), worker.images, worker.macs, peak)
+            for own, worker, peak in zip(zip(*times), workers, peaks)]

@@ -1,0 +1,92 @@
+"""A network in int8 on a CPU, by ONNX Runtime: convolutions and linear maps, calibrated on pictures it is to see."""
+import hashlib
+import io
+import logging
+import os
+import tempfile
+import warnings
+from contextlib import contextmanager
+from typing import List
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..keeping.exported import ONNX_OPTIONS
+
+_OPSET = 13  # the oldest with a scale for each channel
+_VERSION = 1  # of what `quantize` makes of the same weights
+
+
+class Quantized(nn.Module):
+    """float32 images (B, 3, H, W) on the CPU -> logits (B, classes), by the int8 network of `quantize`.
+
+    macs: multiply-adds of an image, which no layer inside shows.
+    """
+
+    def __init__(self, content: bytes, macs: int):
+        super().__init__()
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the student's threads come next
+        self.session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self.macs = lambda images: macs * len(images)
+
+    def forward(self, images):
+        return torch.from_numpy(self.session.run(["logits"], {"images": images.contiguous().numpy()})[0])
+
+
+def fingerprint(model: nn.Module, size: int) -> str:
+    """What tells the int8 network of `model`, for images of `size` pixels, from that of another."""
+    digest = hashlib.sha256("{} {} {}".format(_VERSION, _OPSET, size).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _quiet():
+    """Without the warnings of the exporter, of values that tracing fixes, and ONNX Runtime's advice."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)
+
+
+def quantize(model: nn.Module, batches: List[torch.Tensor]) -> bytes:
+    """The eval-mode float32 `model` in int8, as ONNX. batches: pictures as it is to see them, (B, 3, H, W) each, from
+    which the range of every activation is taken. Raises UserError where it cannot be written."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        """Gives the batches one by one."""
+
+        def __init__(self):
+            self.left = iter(batches)
+
+        def get_next(self):
+            return next(({"images": batch.contiguous().numpy()} for batch in self.left), None)
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        plain, small = (os.path.join(folder, name) for name in ("float32.onnx", "int8.onnx"))
+        try:
+            content = io.BytesIO()
+            torch.onnx.export(model, (batches[0][:2],), content, opset_version=_OPSET, input_names=["images"],
+                              output_names=["logits"], dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
+                              **ONNX_OPTIONS)
+            with open(plain, "wb") as f:
+                f.write(content.getvalue())
+            # without a sign: sums of signed weights' products overflow where a processor has no instruction for them
+            quantize_static(plain, small, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+                            activation_type=QuantType.QUInt8, weight_type=QuantType.QUInt8)
+        except Exception as error:  # whatever either raises for a network that it does not know
+            raise UserError("--teacher-precision int8: the teacher cannot be written in int8 ({}); use bf16 or float32"
+                            .format(" ".join(str(error).split())[:160] or type(error).__name__))
+        with open(small, "rb") as f:
+            return f.read()
