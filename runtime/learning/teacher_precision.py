@@ -57,26 +57,38 @@ def _first_choices(teacher, batches, machine):
     return torch.cat([teacher(machine.images(pixels)).argmax(dim=1) for pixels in batches])
 
 
+def _kept(path, say):
+    """The int8 network in the file `path`, None where there is none that can be read."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, "rb") as f:
+            content = f.read()
+        Quantized(content, 0)
+    except Exception as error:  # a damaged file can raise anything in what reads it
+        say("Note: {} is damaged and made anew ({})".format(path, " ".join(str(error).split())[:80]))
+        return None
+    say("Teacher in int8: {}".format(path))
+    return content
+
+
 def _quantized(teacher, view, machine, teacher_path):
     """The int8 network of the teacher's, the same bytes for every process: the first one's file beside `teacher_path`,
     or else what it makes and keeps there."""
-    content = b""
+    content = None
     if machine.world.is_main:
         crops = _crops(view, _spread(min(CALIBRATION, len(view)), view, CROPS), machine)
         images = [teacher.prepare(machine.images(pixels)) for pixels in crops]
         path = "{}.int8-{}.onnx".format(teacher_path, fingerprint(teacher.model, images[0].shape[-1]))
-        if os.path.isfile(path):
-            with open(path, "rb") as f:
-                content = f.read()
-            machine.say("Teacher in int8: {}".format(path))
-        else:
+        content = _kept(path, machine.say)
+        if content is None:
             machine.say("Teacher in int8: calibrating it on {} training crops (once)".format(sum(map(len, images))))
             content = quantize(teacher.model, images)
             try:
                 write_whole(path, lambda f: f.write(content))
             except SaveFailed as error:
                 machine.say("Note: it is not kept for the next run ({})".format(error))
-    return share_bytes(content)
+    return share_bytes(content or b"")
 
 
 def set_precision(teacher: Teacher, name: str, view: Dataset, machine: Machine, needed: float, teacher_path: str):
