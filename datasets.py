@@ -168,7 +168,7 @@ class Digits(Dataset):
         for image, label in zip(images, labels.tolist()):
             if (seen[label] % 5 != 0) == is_train:
                 pixels = (image.reshape(8, 8) * (255 / 16)).astype("uint8")
-                self.samples.append((Image.fromarray(pixels, "L").convert("RGB"), label))
+                self.samples.append((Image.fromarray(pixels).convert("RGB"), label))
                 self.labels.append(label)
             seen[label] += 1
         self.transform = transform
