@@ -181,15 +181,34 @@ def _verdict(ratio, target):
 
 
 def _targets(found):
-    """Rows of the table of targets."""
+    """(Target, the row that it is asked of, the first contender's row), of each that was measured."""
     for table in TABLES + PUBLISHED:
         rows = found.get(table.title, {}).get("rows", [])
         for row in rows:
-            target = table.targets.get(row.get("contender"))
-            if target is not None:
-                yield "| {} | {} | {:g} / {:g} | {:.2f} ({:.2f}-{:.2f}) | {} |".format(
-                    target.what, rows[0]["contender"], target.least, target.faster, row["ratio"], row["ratio_min"],
-                    row["ratio_max"], _verdict(row["ratio"], target))
+            if row.get("contender") in table.targets:
+                yield table.targets[row["contender"]], row, rows[0]
+
+
+def side_by_side(machines: Dict[str, dict]) -> str:
+    """A page that has all machines beside each other. machines: {name of the page: its figures, as `report` writes
+    them}."""
+    cells, targets = {}, {}
+    for name, kept in machines.items():
+        for target, row, first in _targets(kept["tables"]):
+            against = "published" if "published" in first["contender"].split(",") else first["contender"].split(",")[0]
+            if "plain" in first["contender"].split(","):
+                against = "plain"
+            targets[target.what] = target
+            cells[target.what, name] = "{:.2f} of {}, {}".format(row["ratio"], against, _verdict(row["ratio"], target))
+    text = ["# Machines side by side", "", "`python benchmark.py report` writes a page for the machine it runs on, and "
+            "this one.", "",
+            "| at least, family 25 model 17 / faster kind | {} |".format(" | ".join(
+                "[{}, {} threads]({}.md)".format(kept["about"]["machine"], kept["about"]["threads"], name)
+                for name, kept in machines.items())), "|---|" + "---|" * len(machines)]
+    for what, target in targets.items():
+        text.append("| {}: {:g} / {:g} | {} |".format(what, target.least, target.faster, " | ".join(
+            cells.get((what, name), "-") for name in machines)))
+    return "\n".join(text + [""])
 
 
 def written(about: dict, found: Dict[str, dict]) -> str:
@@ -202,7 +221,11 @@ def written(about: dict, found: Dict[str, dict]) -> str:
         text += ["Products in bf16 are slower than those in float32 here, so its rows are left out.", ""]
     text += ["| what | against | at least, family 25 model 17 / faster kind | measured (min-max) | |",
              "|---|---|---|---|---|"]
-    text += list(_targets(found)) + [""]
+    for target, row, first in _targets(found):
+        text.append("| {} | {} | {:g} / {:g} | {:.2f} ({:.2f}-{:.2f}) | {} |".format(
+            target.what, first["contender"], target.least, target.faster, row["ratio"], row["ratio_min"],
+            row["ratio_max"], _verdict(row["ratio"], target)))
+    text.append("")
     for table in TABLES + PUBLISHED:
         if table.title not in found:
             continue
@@ -245,4 +268,9 @@ def report(device: torch.device, quick: bool, folder: Optional[str] = None, publ
         found[table.title] = _measure(arguments, published)
         write_json(path + ".json", {"about": about, "tables": found})
         write_text(path + ".md", written(about, found))
+        folder = os.path.dirname(path)
+        pages = {os.path.splitext(file)[0]: _read(os.path.join(folder, file)) for file in sorted(os.listdir(folder))
+                 if file.endswith(".json")}
+        write_text(os.path.join(folder, "README.md"), side_by_side(
+            {name: kept for name, kept in pages.items() if {"about", "tables"} <= set(kept)}))
     say("{}.md holds the tables, {}.json the figures".format(path, path))

@@ -1,6 +1,7 @@
 """benchmark.py from its command line, with models and images that tests can afford."""
 import itertools
 import json
+import re
 import sys
 
 import commands
@@ -227,7 +228,7 @@ def test_the_report_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as end:
         benchmark.main(flags)
     assert end.value.code == 1 and "the tables before it are kept" in capsys.readouterr().err
-    page, = tmp_path.glob("*.md")
+    page, = set(tmp_path.glob("*.md")) - {tmp_path / "README.md"}
     first = page.read_text()
     assert first.startswith("# ") and "| inference | EvoLeViT_128S,plain | 0.001 / 0.002 |" in first
     assert "| met |" in first
@@ -241,6 +242,9 @@ def test_the_report_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, caps
     assert "| the same again | EvoLeViT_128S,plain | 1000 / 2000 |" in second and "**missed**" in second
     assert "| met at 0.5 |" in second and second.count("| EvoLeViT_128S,fuse | 2 | 64 |") == 2
     assert "compile" not in second  # --quick
+    together = (tmp_path / "README.md").read_text()
+    assert "]({})".format(page.name) in together and "| between: 0.5 / 1.5 | 1.00 of plain, met at 0.5 |" in together
+    assert re.search(r"\| the same again: 1000 / 2000 \| [0-9.]+ of plain, \*\*missed\*\* \|", together)
 
 
 def test_the_published_code_comes_first_where_it_is_at_hand():
