@@ -92,9 +92,9 @@ def get_args_parser():
     return parser
 
 
-def compare(args, texts, batch, size, folder, rate):
+def compare(args, texts, batch, size, device, folder, rate):
     """The rows of one table, as dicts."""
-    results = turns.race(texts, turns.Place(args.task, batch, size, args.device, folder, args.published), args.rounds,
+    results = turns.race(texts, turns.Place(args.task, batch, size, device.type, folder, args.published), args.rounds,
                          args.seconds)
     rows = []
     for text, (seconds, images, macs, peak) in zip(texts, results):
@@ -164,11 +164,11 @@ def break_down(args, text, batch, size, device, folder):
             for name, seconds in watch.seconds.items()]
 
 
-def need_published(texts, args):
-    """Raises UserError where a contender of `texts` is the published code and there is none, or the task cannot run
-    it, and for a folder that does not exist."""
+def need_published(task, texts, args):
+    """Raises UserError where a contender of `texts`, as `task` knows them, is the published code and there is none or
+    the task cannot run it, and for a folder that does not exist."""
     for text in texts:
-        if "published" in text.split(",")[1:]:
+        if "published" in contenders.parse(task, text)[1]:
             if args.task not in ("inference", "train"):
                 raise UserError("contender {}: the published code runs in inference and train alone".format(text))
             if args.published is None:
@@ -178,7 +178,7 @@ def need_published(texts, args):
 
 
 def measure(args):
-    """The figures, as they go to --json; None where they are for the process that measures memory."""
+    """The figures, as they go to --json."""
     device = select_device(args.device)
     words = [flag for flag in FLAGS if getattr(args, flag.replace("-", "_"))]
     texts = [",".join([text] + words) for text in args.compare or TASKS[args.task]]
@@ -191,7 +191,7 @@ def measure(args):
         raise UserError("--resume and --plot need --keep-ratio")
     task = "train" if args.task in ("breakdown", "operators") else args.task
     names = [contenders.parse(task, text)[0] for text in texts]
-    need_published(texts, args)
+    need_published(task, texts, args)
     sizes = args.input_size or [224 if args.task == "loader" else default_input_size(names[0])]
     rate = measure_matmul_rate(device)
     figures = {"task": args.task, "device": device.type, "threads": torch.get_num_threads(),
@@ -214,7 +214,7 @@ def measure(args):
                 figures["rows"] += rows
             return figures
         for batch, size in itertools.product(args.batch_size, sizes):
-            rows = compare(args, texts, batch, size, folder, rate)
+            rows = compare(args, texts, batch, size, device, folder, rate)
             show(rows)
             figures["rows"] += rows
     return figures
@@ -236,20 +236,20 @@ def add_accuracy(args, rows):
 
 def run(args):
     if args.task == "report":
-        need_published([], args)
+        need_published("report", [], args)
         report.report(select_device(args.device), args.quick, args.output, args.published)
         return
     if args.plot:
         command.need("--plot", "matplotlib")
     figures = measure(args)
-    if args.keep_ratio and figures is not None:
+    if args.keep_ratio:
         add_accuracy(args, figures["rows"])
         if args.plot:
             title = "Speed and accuracy over the keep ratio ({}, {} threads)".format(figures["device"],
                                                                                      figures["threads"])
             write_text(args.plot, tradeoff.draw(figures["rows"], title))
             print("{} shows the curve".format(args.plot))
-    if args.json and figures is not None:
+    if args.json:
         write_json(args.json, figures)
 
 

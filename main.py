@@ -46,7 +46,7 @@ from runtime.learning.models import (
 from runtime.learning.normalization import Renormalize, timm_statistics
 from runtime.learning.optimizer import build_optimizer
 from runtime.learning.teacher import build_teacher
-from runtime.learning.teacher_precision import need_precision, set_precision
+from runtime.learning.teacher_precision import Shelf, need_precision, set_precision
 from runtime.machine import devices, processes, versions
 from runtime.machine.agreement import Agreement
 from runtime.machine.compiling import compile_module, frozen_weights
@@ -102,7 +102,7 @@ def build_criterion(args, num_classes, teacher):
                                    args.distillation_tau, args.model.startswith(EVO_DEIT)), mixup
 
 
-def build_teaching(args, loader, machine):
+def build_teaching(args, loader, machine, agreement):
     """(the teacher, stored labels of one): at most one of them, where the loss needs what it says of the training
     pictures of `loader`."""
     classes, images = loader.dataset.dataset.classes, len(loader.dataset.dataset)
@@ -123,7 +123,7 @@ def build_teaching(args, loader, machine):
                             own_format)
     if own_format:
         set_precision(teacher, args.teacher_precision, loader.dataset, machine, args.teacher_agreement,
-                      args.teacher_path)
+                      Shelf(checkpoint.path, agreement))
     return teacher, None
 
 
@@ -144,7 +144,7 @@ def build_learner(args, model, criterion, machine):
     if args.compile:
         compile_module(model, machine.device.type, is_evo_name(args.model))
         if teacher is not None:
-            teacher.compile(machine.device.type)
+            teacher.compile_network(machine.device.type)
     return Learner(model, criterion, optimizer, machine, args.clip_grad, args.clip_mode, average), lr_scheduler
 
 
@@ -175,9 +175,9 @@ def train(args, given, checkpoint, machine, agreement, index):
     need_same_everywhere(settings, data, agreement)
     val_loader, shared = build_val_loader(args, machine, index)
     model = build_student(args, data.classes, say, checkpoint is None)
-    teacher, labels = build_teaching(args, loader, machine)
+    teacher, labels = build_teaching(args, loader, machine, agreement)
     macs = 3 * describe(model, args, machine)  # of a training image, forwards and backwards
-    macs += teacher.macs(args.input_size) if teacher is not None else 0
+    macs += teacher.image_macs(args.input_size) if teacher is not None else 0
     matmul_rate = measure_matmul_rate(machine.device, machine.precision.dtype) * machine.world.size
     criterion, mixup = build_criterion(args, len(data.classes), teacher)
     unused = find_unused(model.to(machine.device), criterion, args, machine)
@@ -259,14 +259,14 @@ def finish(args, state, updates, seconds, machine):
         timedelta(seconds=int(seconds)), args.output_dir))
 
 
-def write_labels(args, machine, index):
+def write_labels(args, machine, agreement, index):
     """`--write-teacher-labels`: stores what the teacher says of --epochs epochs' crops; epochs that are stored stay."""
     loader = build_train_loader(args, machine, index)
     data, sampler = loader.dataset.dataset, loader.batch_sampler
-    teacher, _ = build_teaching(args, loader, machine)
+    teacher, _ = build_teaching(args, loader, machine, agreement)
     machine.precision.prepare(teacher)
     if args.compile:
-        teacher.compile(machine.device.type)
+        teacher.compile_network(machine.device.type)
     criterion, mixup = build_criterion(args, len(data.classes), teacher)
     index.keep()
     feed = Feed(loader, sampler, mixup)
@@ -380,7 +380,7 @@ def run(args, given):
         return evaluate_checkpoint(args, given, checkpoint, machine, index)
     check_recipe(args)
     if args.write_teacher_labels:
-        return write_labels(args, machine, index)
+        return write_labels(args, machine, agreement, index)
     try:
         return train(args, given, checkpoint, machine, agreement, index)
     except NonFiniteLoss as error:

@@ -19,11 +19,12 @@ from torchvision import datasets as torchvision_datasets
 from datasets import Augmentation, build_dataset, build_transform
 from engine import Learner
 from evo_vit.compat import create_model
+from flags import family_defaults
 from losses import DistillationLoss
 from runtime.command import need_compiler
 from runtime.errors import UserError
 from runtime.learning.average import ModelEma
-from runtime.learning.models import apply_token_schedule, check_model_name, is_evo, is_evo_name
+from runtime.learning.models import EVO_DEIT, apply_token_schedule, check_model_name, is_evo, is_evo_name
 from runtime.learning.optimizer import build_optimizer
 from runtime.learning.quantized import Quantized, quantize
 from runtime.learning.teacher import Teacher, View, fold_batch_norms
@@ -45,6 +46,13 @@ WORDS = {"inference": _MODES | {"fuse"}, "train": _MODES | {"teacher", "teacher-
          "loader": {"draft", "fast", "normalized", "once"}}
 
 
+_WITH_VALUE = {"keep", "teacher", "teacher-size", "teacher-precision"}
+# {task: {word: those that would change nothing beside it}}
+_EXCLUDED = {"inference": {}, "loader": {}, "train": {
+    "plain": {"compile", "amp", "teacher-precision", "channels-last"},
+    "stored": {"teacher", "teacher-size", "teacher-precision"}}}
+
+
 class Contender(NamedTuple):
     """`run()` does the work once, on `images` images, and does not wait for the device; `macs`: its multiply-adds."""
     run: Callable
@@ -57,10 +65,18 @@ def parse(task, text):
     """(name, {word: value or True}) of a contender as benchmark.py's documentation writes it; raises UserError."""
     name, *words = text.split(",")
     options = dict((word.split("=", 1) + [True])[:2] for word in words)
-    for word in options:
+    for word, value in options.items():
         if word not in WORDS[task]:
             raise UserError("contender {}: '{}' is none of {}'s words: {}".format(
                 text, word, task, ", ".join(sorted(WORDS[task]))))
+        if (value is True) == (word in _WITH_VALUE):
+            raise UserError("contender {}: {} {} value".format(text, word, "needs a" if value is True else "takes no"))
+    for one, others in _EXCLUDED[task].items():
+        if one in options and others & set(options):
+            raise UserError("contender {}: {} has no effect beside {}".format(
+                text, " and ".join(sorted(others & set(options))), one))
+    if options.get("teacher") == "none" and {"teacher-precision", "teacher-size"} & set(options):
+        raise UserError("contender {}: teacher=none has no teacher to run".format(text))
     if "compile" in options:
         need_compiler("contender {}: compile".format(text))
     try:
@@ -152,12 +168,14 @@ class Training:
 
     def __init__(self, text, batch, size, device):
         name, options = parse("train", text)
-        teacher_name = options.get("teacher", "regnety_160")
+        family = family_defaults(name)
+        teacher_name = options.get("teacher", "none" if "distillation_type" in family else "regnety_160")
         teacher_size = int(options.get("teacher-size", size))
         plain, distil = "plain" in options, teacher_name != "none"
         if distil:
             check_model_name(teacher_name, "teacher")
-        self.model = model = own_model(name, size, device, True).train()
+        more_heads = distil or "stored" in options or name.startswith(EVO_DEIT)
+        self.model = model = own_model(name, size, device, more_heads).train()
         if "keep" in options:
             model.set_keep_ratio(float(options["keep"]))
         apply_token_schedule(model, 0, 1 if "dense" in options else 0, 200)  # as in the first 200 of the 300 epochs
@@ -177,10 +195,11 @@ class Training:
                 teacher = self._teacher(teacher, teacher_size, precision, last, options.get("teacher-precision"))
             teacher.to(device)
             if "compile" in options and not plain:
-                teacher.compile(device.type)
+                teacher.compile_network(device.type)
         kind = "cls" if distil or self.taught is not None else "none"
-        self.criterion = DistillationLoss(SoftTargetCrossEntropy(), teacher, kind, 0.5, 1.0)
-        args = Namespace(opt="adamw", lr=1e-4, weight_decay=0.025, opt_eps=1e-8, opt_betas=None, momentum=0.9)
+        self.criterion = DistillationLoss(SoftTargetCrossEntropy(), teacher, kind, 0.5, 1.0, name.startswith(EVO_DEIT))
+        args = Namespace(opt="adamw", lr=1e-4, weight_decay=family.get("weight_decay", 0.025), opt_eps=1e-8,
+                         opt_betas=None, momentum=0.9)
         self.optimizer = build_optimizer(args, model, device)
         if plain:
             training = PlainTraining(model, self.criterion, self.optimizer.param_groups)
@@ -194,7 +213,8 @@ class Training:
         model, self.optimizer = precision.prepare(model, self.optimizer, teacher)
         if "compile" in options:
             compile_module(model, device.type)
-        self.learner = Learner(model, self.criterion, self.optimizer, machine, 0.01, "agc", average)
+        self.learner = Learner(model, self.criterion, self.optimizer, machine, family.get("clip_grad", 0.01), "agc",
+                               average)
 
     def _teacher(self, network, size, precision, last, name):
         """The folded `network` in the number format `name`, or in the student's."""

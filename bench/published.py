@@ -15,9 +15,9 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer
 from timm.utils import ModelEma, NativeScaler
 
-from evo_vit.compat import create_model
+from evo_vit.compat import TORCH, create_model
 from runtime.errors import UserError
-from runtime.learning.models import default_input_size
+from runtime.learning.models import apply_token_schedule, check_model_name, default_input_size
 from runtime.machine.cost import count_macs
 from runtime.machine.devices import select_device, synchronize
 
@@ -34,7 +34,7 @@ def _import(folder, name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # names that timm has moved
             return importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # whatever other people's modules raise
         raise UserError("--published {}: {} cannot be imported from there ({}); name a checkout of "
                         "https://github.com/YifanXu74/Evo-ViT".format(folder, name, error))
     finally:
@@ -60,14 +60,21 @@ def build(text, place) -> contenders.Contender:
     if place.size != default_input_size(name):
         raise UserError("contender {}: the published {} takes images of {} pixels alone".format(
             text, name, default_input_size(name)))
+    if TORCH < (1, 6):
+        raise UserError("contender {}: the published code needs PyTorch 1.6 or newer".format(text))
     device = select_device(place.device)
-    macs = place.batch * count_macs(contenders.own_model(name, place.size, device, True), place.size)
+    own = contenders.own_model(name, place.size, device, True)
+    if place.task == "train":
+        apply_token_schedule(own, 0, 0, 200)  # before epoch 200
+    macs = place.batch * count_macs(own, place.size)
     images = torch.randn(place.batch, 3, place.size, place.size).to(device)
     if place.task == "inference":
         return contenders.Contender(_inference(place, name, family, images), place.batch, macs, plain=True)
-    teacher_name = options.get("teacher", "regnety_160") if family == "EvoLeViT" else "none"
-    teacher = None
+    teacher, teacher_name = None, options.get("teacher", "regnety_160" if family == "EvoLeViT" else "none")
     if teacher_name != "none":
+        if family != "EvoLeViT":
+            raise UserError("contender {}: the published code has no teacher for Evo-DeiT".format(text))
+        check_model_name(teacher_name, "teacher")
         teacher = create_model(teacher_name, num_classes=contenders.CLASSES, global_pool="avg").to(device).eval()
     macs = 3 * macs + (place.batch * count_macs(teacher, place.size) if teacher is not None else 0)
     return contenders.Contender(_training(place, name, family, images, teacher), place.batch, macs, plain=True)

@@ -1,8 +1,8 @@
 """python benchmark.py report: every table of speed, on this machine.
 
-It writes docs/performance/MACHINE.md, and the figures beside it, after each table; the same command goes on where it
-was interrupted, and measures anew what is asked for otherwise than it was (--quick, --published). It takes about 40
-minutes, and with --quick, without the compiler, about 5.
+It writes docs/performance/MACHINE.md, the figures beside it, and machines.md, which has all machines, after each table;
+the same command goes on where it was interrupted, and measures anew what is asked for otherwise than it was (--quick,
+--published). It takes about 40 minutes, and with --quick, without the compiler, about 5.
 """
 import json
 import os
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Dict, List, NamedTuple, Optional
+from typing import Collection, Dict, List, NamedTuple, Optional
 
 import torch
 
@@ -19,16 +19,19 @@ from evo_vit.compat import versions
 from evo_vit.race import processor
 from runtime.errors import RunFailed, UserError
 from runtime.keeping.files import write_json, write_text
+from runtime.learning.teacher_precision import INT8, need_precision
 from runtime.machine.cost import measure_matmul_rate
-from runtime.machine.versions import has_bf16
+from runtime.machine.machine import Machine
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 QUICK = ["--rounds", "2", "--seconds", "0.2"]
+TOGETHER = "machines.md"  # the page of all machines
 
 
 class Target(NamedTuple):
-    """What a contender's ratio should be at least on the two kinds of machine for which targets are stated (AMD EPYC,
-    family 25 model 17, and a faster one; PERFORMANCE.md), the same number where there is one."""
+    """The least ratio asked for on each of two kinds of machine: `least` on an AMD EPYC of family 25, model 17,
+    `faster` on one with twice its rate in float32. Where only one is stated, both numbers are the same. The words say
+    all: each target has its own."""
     what: str
     least: float
     faster: float
@@ -50,29 +53,29 @@ TABLES = [
           ["EvoLeViT_256,plain", "EvoLeViT_256", "EvoLeViT_256,compile", "EvoLeViT_256,amp",
            "EvoLeViT_256,teacher-precision=bf16", "EvoLeViT_256,teacher-precision=int8", "EvoLeViT_256,stored"],
           {"EvoLeViT_256": Target("full step with teacher, float32", 1.45, 1.7),
-           "EvoLeViT_256,teacher-precision=bf16": Target("the same, the teacher in bf16", 2.0, 2.5),
-           "EvoLeViT_256,teacher-precision=int8": Target("the same, the teacher in int8", 2.5, 3.2),
-           "EvoLeViT_256,amp": Target("the same, all in bf16", 2.4, 3.1),
-           "EvoLeViT_256,stored": Target("the same with stored teacher labels, float32", 4.0, 4.0)},
+           "EvoLeViT_256,teacher-precision=bf16": Target("full step, the teacher in bf16", 2.0, 2.5),
+           "EvoLeViT_256,teacher-precision=int8": Target("full step, the teacher in int8", 2.5, 3.2),
+           "EvoLeViT_256,amp": Target("full step, all in bf16", 2.4, 3.1),
+           "EvoLeViT_256,stored": Target("full step with stored teacher labels, float32", 4.0, 4.0)},
           "EvoLeViT_256,published"),
     Table("Training step at 384 pixels, the teacher at 224",
           ["train", "--input-size", "384", "--batch-size", "4", "--rounds", "5"],
           ["EvoLeViT_256_384,plain", "EvoLeViT_256_384,teacher-size=224", "EvoLeViT_256_384,teacher-size=224,compile"],
-          {"EvoLeViT_256_384,teacher-size=224": Target("at 384 with the teacher at 224, float32", 2.7, 3.0)},
+          {"EvoLeViT_256_384,teacher-size=224": Target("full step at 384 with the teacher at 224, float32", 2.7, 3.0)},
           "EvoLeViT_256_384,published"),
     Table("Training step without a teacher", ["train"],
           ["EvoLeViT_256,plain,teacher=none", "EvoLeViT_256,teacher=none", "EvoLeViT_256,compile,teacher=none",
            "EvoLeViT_256,amp,teacher=none"],
-          {"EvoLeViT_256,teacher=none": Target("student step alone, float32", 1.35, 1.5),
-           "EvoLeViT_256,compile,teacher=none": Target("the same, compiled", 1.5, 1.6),
-           "EvoLeViT_256,amp,teacher=none": Target("the same in bf16", 1.9, 2.4)},
+          {"EvoLeViT_256,teacher=none": Target("student step, float32", 1.35, 1.5),
+           "EvoLeViT_256,compile,teacher=none": Target("student step, compiled", 1.5, 1.6),
+           "EvoLeViT_256,amp,teacher=none": Target("student step in bf16", 1.9, 2.4)},
           "EvoLeViT_256,published,teacher=none"),
     Table("Parts of a step", ["breakdown"], ["EvoLeViT_256"]),
     Table("Inference", ["inference"],
           ["EvoLeViT_256,plain", "EvoLeViT_256,fuse", "EvoLeViT_256,fuse,compile", "EvoLeViT_256,fuse,amp"],
           {"EvoLeViT_256,fuse": Target("inference, batch 16, float32", 1.25, 1.85),
-           "EvoLeViT_256,fuse,compile": Target("the same, compiled", 1.4, 2.2),
-           "EvoLeViT_256,fuse,amp": Target("the same in bf16", 2.2, 3.5)},
+           "EvoLeViT_256,fuse,compile": Target("inference, batch 16, compiled", 1.4, 2.2),
+           "EvoLeViT_256,fuse,amp": Target("inference, batch 16, bf16", 2.2, 3.5)},
           "EvoLeViT_256,published"),
     Table("Inference of one image", ["inference", "--batch-size", "1"],
           ["EvoLeViT_256,plain", "EvoLeViT_256,fuse", "EvoLeViT_256,fuse,compile"],
@@ -87,10 +90,10 @@ TABLES = [
           ["deit_small_patch16_224", "evo_deit_small_patch16_224"],
           {"evo_deit_small_patch16_224": Target("Evo-DeiT-small against dense deit_small, inference", 1.35, 1.35)}),
     Table("Loader, one core", ["loader"], ["plain", "recipe", "recipe,fast", "recipe,normalized"],
-          {"recipe": Target("loader, JPEGs of 500 x 375, three times in a row", 1.35, 1.35),
-           "recipe,fast": Target("the same, fast", 1.9, 1.9)}),
+          {"recipe": Target("loader, each picture three times in a row", 1.5, 1.5),
+           "recipe,fast": Target("fast loader, each picture three times in a row", 1.9, 1.9)}),
     Table("Loader, one core, each picture once", ["loader"], ["plain,once", "recipe,once", "recipe,once,fast"],
-          {"recipe,once,fast": Target("the same, each picture once, fast", 1.5, 1.5)}),
+          {"recipe,once,fast": Target("fast loader, each picture once", 1.5, 1.5)}),
     Table("Loader, one core, photographs of 3000 x 2000", ["loader", "--photo-size", "3000", "2000", "--rounds", "5"],
           ["plain,once", "recipe,once", "recipe,once,draft"]),
 ]
@@ -106,17 +109,33 @@ PUBLISHED = [
 ]
 
 
-def tables_for(quick: bool, half: bool, published: bool) -> List[Table]:
-    """The tables as they are measured: quick ones without the compiler, without `half` those of half precision, with
+def tables_for(quick: bool, left_out: Collection[str], published: bool) -> List[Table]:
+    """The tables as they are measured: quick ones without the compiler, no contender with a word of `left_out`, with
     `published` the published code first, and plain behind it."""
+    without = set(left_out) | ({"compile"} if quick else set())
     made = []
     for table in TABLES + (PUBLISHED if published else []):
         first = [table.published] if published and table.published else []
-        contenders = [one for one in first + table.contenders
-                      if not (quick and "compile" in one.split(","))
-                      and (half or not {"amp", "teacher-precision=bf16"} & set(one.split(",")))]
+        contenders = [one for one in first + table.contenders if not without & set(one.split(","))]
         made.append(table._replace(contenders=contenders, arguments=table.arguments + (QUICK if quick else [])))
     return made
+
+
+def what_it_cannot(device: torch.device) -> Dict[str, str]:
+    """{word of a contender that cannot run here, or only emulated: why}."""
+    found = {}
+    machine = Machine(device)
+    for name in ("bf16", INT8):
+        try:
+            need_precision(name, machine)
+        except UserError as error:
+            found["teacher-precision=" + name] = str(error).split(": ", 1)[-1]
+    if device.type == "cpu" and "teacher-precision=bf16" not in found and \
+            measure_matmul_rate(device, torch.bfloat16, 512) < measure_matmul_rate(device, size=512):
+        found["teacher-precision=bf16"] = "its products in bf16 are slower than those in float32"
+    if device.type == "cpu" and "teacher-precision=bf16" in found:
+        found["amp"] = found["teacher-precision=bf16"]
+    return found
 
 
 def markdown(rows):
@@ -146,8 +165,7 @@ def _about(device):
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
     return {"machine": machine_name(device), "cores": os.cpu_count(), "memory_gib": round(memory),
-            "threads": torch.get_num_threads(), "torch": versions()["torch"], "timm": versions()["timm"],
-            "half": _has_fast_half(device)}
+            "threads": torch.get_num_threads(), "torch": versions()["torch"], "timm": versions()["timm"]}
 
 
 def _measure(arguments, published):
@@ -169,15 +187,16 @@ def _measure(arguments, published):
 def _read(path):
     try:
         with open(path) as f:
-            return json.load(f)
+            values = json.load(f)
     except (OSError, ValueError):
         return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _verdict(ratio, target):
     if ratio >= target.faster:
         return "met"
-    return "met at {:g}".format(target.least) if ratio >= target.least else "**missed**"
+    return "met the lower one" if ratio >= target.least else "**missed**"
 
 
 def _targets(found):
@@ -192,33 +211,29 @@ def _targets(found):
 def side_by_side(machines: Dict[str, dict]) -> str:
     """A page that has all machines beside each other. machines: {name of the page: its figures, as `report` writes
     them}."""
-    cells, targets = {}, {}
-    for name, kept in machines.items():
-        for target, row, first in _targets(kept["tables"]):
-            against = "published" if "published" in first["contender"].split(",") else first["contender"].split(",")[0]
-            if "plain" in first["contender"].split(","):
-                against = "plain"
-            targets[target.what] = target
-            cells[target.what, name] = "{:.2f} of {}, {}".format(row["ratio"], against, _verdict(row["ratio"], target))
-    text = ["# Machines side by side", "", "`python benchmark.py report` writes a page for the machine it runs on, and "
-            "this one.", "",
+    measured = {(name, target): (row["ratio"], first["contender"])
+                for name, kept in machines.items() for target, row, first in _targets(kept["tables"])}
+    text = ["# Machines side by side", "", "`python benchmark.py report` writes a page for the machine that it runs "
+            "on, and this one. A cell: the ratio to the contender that it names.", "",
             "| at least, family 25 model 17 / faster kind | {} |".format(" | ".join(
                 "[{}, {} threads]({}.md)".format(kept["about"]["machine"], kept["about"]["threads"], name)
                 for name, kept in machines.items())), "|---|" + "---|" * len(machines)]
-    for what, target in targets.items():
-        text.append("| {}: {:g} / {:g} | {} |".format(what, target.least, target.faster, " | ".join(
-            cells.get((what, name), "-") for name in machines)))
+    for target in [target for table in TABLES + PUBLISHED for target in table.targets.values()]:
+        cells = ["{:.2f} to {}, {}".format(*measured[name, target], _verdict(measured[name, target][0], target))
+                 if (name, target) in measured else "-" for name in machines]
+        if set(cells) != {"-"}:
+            text.append("| {}: {:g} / {:g} | {} |".format(target.what, target.least, target.faster, " | ".join(cells)))
     return "\n".join(text + [""])
 
 
-def written(about: dict, found: Dict[str, dict]) -> str:
-    """The page."""
+def written(about: dict, found: Dict[str, dict], left_out: Dict[str, str]) -> str:
+    """The page of a machine. left_out: what_it_cannot."""
     text = ["# {machine}".format(**about), "",
             "`python benchmark.py report` on {cores} cores, {memory_gib} GiB, {threads} threads, PyTorch {torch}, timm "
             "{timm}. A ratio is to the first contender of its table, which takes turns with the others; each has a "
             "process of its own.".format(**about), ""]
-    if not about["half"]:
-        text += ["Products in bf16 are slower than those in float32 here, so its rows are left out.", ""]
+    text += ["Left out: `{}`, since {}.".format(word, why) for word, why in sorted(left_out.items())]
+    text += [""] if left_out else []
     text += ["| what | against | at least, family 25 model 17 / faster kind | measured (min-max) | |",
              "|---|---|---|---|---|"]
     for target, row, first in _targets(found):
@@ -231,19 +246,14 @@ def written(about: dict, found: Dict[str, dict]) -> str:
             continue
         one = found[table.title]
         busy = one["load"] > 0.5 * about["cores"]
-        text += ["## " + table.title, "", "`python benchmark.py {}`".format(" ".join(one["arguments"])), "",
+        published = any("published" in row.get("contender", "").split(",") for row in one["rows"])
+        text += ["## " + table.title, "", "`python benchmark.py {}{}`".format(
+                     " ".join(one["arguments"]), " --published DIR" if published else ""), "",
                  "{}{}; {:.0f} s; float32 matrix products {:.0f} GFLOP/s".format(
                      one["day"], ", **beside other work (load {:.1f})**".format(one["load"]) if busy else "",
                      one["seconds"], one["matmul_gflops_per_s"]), ""]
         text += markdown(one["rows"]) + [""]
     return "\n".join(text)
-
-
-def _has_fast_half(device):
-    """Whether a CPU computes faster in bf16; other devices do."""
-    if device.type != "cpu":
-        return True
-    return has_bf16("cpu") and measure_matmul_rate(device, torch.bfloat16) > measure_matmul_rate(device)
 
 
 def report(device: torch.device, quick: bool, folder: Optional[str] = None, published: Optional[str] = None,
@@ -252,25 +262,34 @@ def report(device: torch.device, quick: bool, folder: Optional[str] = None, publ
     folder that cannot be made, and RunFailed where a table cannot be measured."""
     about = _about(device)
     name = re.sub("[^a-z0-9]+", "-", about["machine"].lower()).strip("-")
-    path = os.path.join(folder or os.path.join(ROOT, "docs", "performance"), name)
+    folder = os.path.abspath(folder or os.path.join(ROOT, "docs", "performance"))
+    path = os.path.join(folder, name)
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError("--output: the folder {} cannot be made ({})".format(os.path.dirname(path), error.strerror))
+        raise UserError("--output: the folder {} cannot be made ({})".format(folder, error.strerror))
     kept = _read(path + ".json")
-    found = kept.get("tables", {}) if kept.get("about") == about else {}
-    tables = tables_for(quick, about["half"], published is not None)
+    if kept.get("about") != about:
+        kept = {"about": about, "tables": {}, "left_out": what_it_cannot(device)}
+    found, left_out = kept["tables"], kept["left_out"]
+    tables = tables_for(quick, left_out, published is not None)
     for number, table in enumerate(tables, 1):
         arguments = table.arguments + ["--device", device.type, "--compare"] + table.contenders
         if found.get(table.title, {}).get("arguments") == arguments:
             continue
         say("{} of {}: {}".format(number, len(tables), table.title))
         found[table.title] = _measure(arguments, published)
-        write_json(path + ".json", {"about": about, "tables": found})
-        write_text(path + ".md", written(about, found))
-        folder = os.path.dirname(path)
-        pages = {os.path.splitext(file)[0]: _read(os.path.join(folder, file)) for file in sorted(os.listdir(folder))
-                 if file.endswith(".json")}
-        write_text(os.path.join(folder, "README.md"), side_by_side(
-            {name: kept for name, kept in pages.items() if {"about", "tables"} <= set(kept)}))
-    say("{}.md holds the tables, {}.json the figures".format(path, path))
+        write_json(path + ".json", kept)
+        write_text(path + ".md", written(about, found, left_out))
+        _write_side_by_side(folder)
+    say("{0}.md holds the tables, {0}.json the figures; {1} has all machines".format(
+        path, os.path.join(folder, TOGETHER)))
+
+
+def _write_side_by_side(folder):
+    pages = {}
+    for file in sorted(os.listdir(folder)):
+        kept = _read(os.path.join(folder, file)) if file.endswith(".json") else {}
+        if {"about", "tables", "left_out"} <= set(kept):
+            pages[os.path.splitext(file)[0]] = kept
+    write_text(os.path.join(folder, TOGETHER), side_by_side(pages))

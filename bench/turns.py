@@ -2,13 +2,14 @@
 import multiprocessing
 import signal
 import time
+from contextlib import contextmanager
 from typing import List, NamedTuple, Optional
 
 from runtime import command  # noqa: F401  (first: it makes torchvision importable on a CPU-only PyTorch)
 
 # isort: split
 from runtime.errors import RunFailed, UserError
-from runtime.machine.devices import keep_freed_memory, peak_memory_mb, select_device, synchronize
+from runtime.machine.devices import forget_peak_memory, keep_freed_memory, peak_memory_mb, select_device, synchronize
 
 from . import contenders
 
@@ -20,7 +21,7 @@ class Place(NamedTuple):
     task: str
     batch: int
     size: int
-    device: str
+    device: str  # npu, cuda or cpu
     photos: Optional[str] = None  # the loader's pictures
     published: Optional[str] = None  # a checkout of the published code
 
@@ -39,8 +40,8 @@ def build(text, place):
     device = select_device(place.device)
     if place.task == "loader":
         return contenders.loader(text, place.batch, place.size, device, place.photos)
-    if "published" in text.split(",")[1:]:
-        from . import published  # it needs more of timm than every supported version has
+    if "published" in contenders.parse(place.task, text)[1]:
+        from . import published  # nothing else here imports the published code
         return published.build(text, place)
     return getattr(contenders, place.task)(text, place.batch, place.size, device)
 
@@ -60,7 +61,6 @@ def _take_turn(contender, seconds, device):
 def _serve(connection, text, place):
     """A contender's process: says what it is, then takes a turn for each number of seconds that it receives, and ends
     with its peak memory when it receives None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends it
     device = select_device(place.device)
     try:
         contender = build(text, place)
@@ -71,9 +71,13 @@ def _serve(connection, text, place):
     for _ in range(WARM_UP):
         contender.run()
     synchronize(device)
+    forget_peak_memory(device)  # that of building it
     connection.send((contender.images, contender.macs))
-    for seconds in iter(connection.recv, None):
-        connection.send(_take_turn(contender, seconds, device))
+    try:
+        for seconds in iter(connection.recv, None):
+            connection.send(_take_turn(contender, seconds, device))
+    except EOFError:  # the first process is gone
+        return
     connection.send(peak_memory_mb(device))
 
 
@@ -84,25 +88,42 @@ class _Worker:
         self.text = text
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads that it does not have
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, text, place), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.images, self.macs = self.receive()
-
-    def receive(self):
+        # no daemon, which may have no children: a compiler starts some
+        self.process = context.Process(target=_serve, args=(theirs, text, place))
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the first process alone
         try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        theirs.close()
+        self.images = self.macs = None
+
+    def wait(self):
+        """Until it is built, and has run."""
+        self.images, self.macs = self._receive()
+
+    def ask(self, seconds):
+        """What it answers to `seconds`."""
+        with self._ended_is_said():
+            self.connection.send(seconds)
+        return self._receive()
+
+    def _receive(self):
+        with self._ended_is_said():
             answer = self.connection.recv()
-        except EOFError:
-            self.process.join()
-            raise RunFailed("contender {}: its process ended with exit code {}".format(
-                self.text, self.process.exitcode))
         if isinstance(answer, UserError):
             raise answer
         return answer
 
-    def ask(self, seconds):
-        self.connection.send(seconds)
-        return self.receive()
+    @contextmanager
+    def _ended_is_said(self):
+        try:
+            yield
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode
+            raise RunFailed("contender {}: its process ended with exit code {}{}".format(
+                self.text, code, ", as the system does where memory runs out" if code == -9 else ""))
 
     def stop(self):
         self.process.terminate()
@@ -119,6 +140,7 @@ def race(texts: List[str], place: Place, rounds: int, seconds: float) -> List[Re
     try:
         for text in texts:
             workers.append(_Worker(text, place))
+            workers[-1].wait()
         times = [[worker.ask(seconds) for worker in workers] for _ in range(rounds)]
         peaks = [worker.ask(None) for worker in workers]
     finally:

@@ -2,7 +2,6 @@
 
 Every file carries what is needed to run it (`how_to_run`), under the name evo_levit.
 """
-import inspect
 import io
 import json
 import os
@@ -16,6 +15,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from evo_vit.compat import TORCH
 
 from ..errors import UserError
+from ..machine.onnx_bytes import OLDEST_TORCH, onnx_bytes
 from .checkpoint import export_weights
 from .files import write_whole
 
@@ -47,19 +47,9 @@ class Program(torch.nn.Module):
         return self.functions[0](images.float())
 
 
-# --- torch 1.5 writes ONNX that holds for one batch size. torch 2.9 on writes it in another way unless told
-# otherwise, which needs further packages and the opset 18 or a newer one.
-ONNX_OPTIONS = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
-
-
 def _write_onnx(model, images, path, metadata, opset):
     import onnx
-    content = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Python values that are fixed by tracing: token counts are meant to be
-        torch.onnx.export(model, (images,), content, opset_version=opset or ONNX_OPSET, input_names=["images"],
-             output_names=["logits"], dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}}, **ONNX_OPTIONS)
-    graph = onnx.load_model_from_string(content.getvalue())
+    graph = onnx.load_model_from_string(onnx_bytes(model, images, opset or ONNX_OPSET))
     onnx.helper.set_model_props(graph, {KEY: json.dumps(metadata)})
     onnx.checker.check_model(graph)
     write_whole(path, lambda f: f.write(graph.SerializeToString()))
@@ -130,7 +120,7 @@ class Format(NamedTuple):
 
 
 FORMATS: Dict[str, Format] = {
-    "onnx": Format(".onnx", _write_onnx, _read_onnx, ("onnx", "onnxruntime"), (1, 8),
+    "onnx": Format(".onnx", _write_onnx, _read_onnx, ("onnx", "onnxruntime"), OLDEST_TORCH,
                    "for any batch size; every line reads the same checkpoints"),
     "torchscript": Format(".pt", _write_torchscript, _read_torchscript),
     "pt2": Format(".pt2", _write_pt2, _read_pt2, (), (2, 2), "--format torchscript does without"),

@@ -24,7 +24,8 @@ RUN = {
     "dist_url", "eval", "eval_ema", "export_weights", "finetune", "index_cache", "local_rank", "loss_scale",
     "max_steps", "num_workers", "opt_level", "output_dir", "pin_mem", "profile", "resume", "save_every_minutes",
     "save_every_steps", "start_epoch", "tensorboard", "world_size", "write_teacher_labels"}
-IMPLIED = {"image_backend": "pillow"}  # what is meant by files that are older than these flags
+# what is meant by files that are older than these flags
+IMPLIED = {"image_backend": "pillow", "teacher_precision": "same"}
 FIXED = ("model", "opt")  # what a checkpoint's weights and moments belong to
 
 

@@ -7,7 +7,6 @@ from typing import Callable, Optional
 
 import torch
 
-from ..errors import UserError
 from ..machine.agreement import Agreement
 from .checkpoint import Checkpoint
 from .unpickling import load_tensors
@@ -34,16 +33,7 @@ def same_for_all(load: Callable[[], Optional[Checkpoint]], agreement: Agreement,
 
     Raises UserError on every process where it does so on one of them.
     """
-    checkpoint, refusal = None, ""
-    try:
-        checkpoint = load()
-    except UserError as error:
-        refusal = str(error)
-    refusals = agreement.texts(refusal)
-    if any(refusals):
-        first = next(rank for rank, text in enumerate(refusals) if text)
-        everywhere = all(text == refusals[0] for text in refusals)
-        raise UserError(refusals[first] if everywhere else "process {}: {}".format(first, refusals[first]))
+    checkpoint = agreement.all_done(load)
     if agreement.alone:
         return checkpoint
     found = agreement.texts(_fingerprint(checkpoint))

@@ -21,7 +21,7 @@ SETTINGS = "settings.json"
 DEPENDS_ON = ("data_set", "inat_category", "input_size", "batch_size", "seed", "repeated_aug", "color_jitter", "aa",
               "train_interpolation", "reprob", "remode", "recount", "jpeg_draft", "image_backend", "mixup", "cutmix",
               "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "distillation_type", "teacher_model",
-              "teacher_path", "teacher_input_size")
+              "teacher_path", "teacher_input_size", "teacher_precision")
 
 
 def label_settings(args, replicas: int, images: int, num_classes: int) -> dict:
@@ -71,7 +71,9 @@ class TeacherLabels:
 
     def __init__(self, folder, settings):
         self.folder = folder
-        _compare(_read_settings(folder, "--teacher-labels"), settings, folder, "--teacher-labels")
+        stored = _read_settings(folder, "--teacher-labels")
+        settings = dict(settings, teacher_precision=stored.get("teacher_precision", "same"))  # no teacher runs here
+        _compare(stored, settings, folder, "--teacher-labels")
         self.epochs = 0
         while all(os.path.exists(_path(folder, self.epochs, r)) for r in range(settings["replicas"])):
             self.epochs += 1

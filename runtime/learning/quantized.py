@@ -1,6 +1,5 @@
 """A network in int8 on a CPU, by ONNX Runtime: convolutions and linear maps, calibrated on pictures it is to see."""
 import hashlib
-import io
 import logging
 import os
 import tempfile
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..keeping.exported import ONNX_OPTIONS
+from ..machine.onnx_bytes import onnx_bytes
 
 _OPSET = 13  # the oldest with a scale for each channel
 _VERSION = 1  # of what `quantize` makes of the same weights
@@ -37,17 +36,20 @@ class Quantized(nn.Module):
         return torch.from_numpy(self.session.run(["logits"], {"images": images.contiguous().numpy()})[0])
 
 
-def fingerprint(model: nn.Module, size: int) -> str:
-    """What tells the int8 network of `model`, for images of `size` pixels, from that of another."""
-    digest = hashlib.sha256("{} {} {}".format(_VERSION, _OPSET, size).encode())
+def fingerprint(model: nn.Module, batches: List[torch.Tensor]) -> str:
+    """What tells the int8 network that `quantize` makes of the same arguments from another."""
+    import onnxruntime
+    digest = hashlib.sha256("{} {} {} {}".format(_VERSION, _OPSET, onnxruntime.__version__, model).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    for batch in batches:
+        digest.update(batch.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 @contextmanager
 def _quiet():
-    """Without the warnings of the exporter, of values that tracing fixes, and ONNX Runtime's advice."""
+    """Without ONNX Runtime's advice."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
@@ -57,6 +59,16 @@ def _quiet():
             yield
     finally:
         root.setLevel(level)
+
+
+# --- sums of products of eight bits overflow where a processor has no instruction for them, but for weights without a
+# sign. ONNX Runtime before 1.23 gives them one (seen in 1.14 and 1.19), so there they have seven bits.
+def _weights():
+    import onnxruntime
+    from onnxruntime.quantization import QuantType
+    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < (1, 23):
+        return dict(weight_type=QuantType.QInt8, reduce_range=True)
+    return dict(weight_type=QuantType.QUInt8)
 
 
 def quantize(model: nn.Module, batches: List[torch.Tensor]) -> bytes:
@@ -76,15 +88,10 @@ def quantize(model: nn.Module, batches: List[torch.Tensor]) -> bytes:
     with tempfile.TemporaryDirectory() as folder, _quiet():
         plain, small = (os.path.join(folder, name) for name in ("float32.onnx", "int8.onnx"))
         try:
-            content = io.BytesIO()
-            torch.onnx.export(model, (batches[0][:2],), content, opset_version=_OPSET, input_names=["images"],
-                              output_names=["logits"], dynamic_axes={"images": {0: "batch"}, "logits": {0: "batch"}},
-                              **ONNX_OPTIONS)
             with open(plain, "wb") as f:
-                f.write(content.getvalue())
-            # without a sign: sums of signed weights' products overflow where a processor has no instruction for them
+                f.write(onnx_bytes(model, batches[0][:2], _OPSET))
             quantize_static(plain, small, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-                            activation_type=QuantType.QUInt8, weight_type=QuantType.QUInt8)
+                            activation_type=QuantType.QUInt8, **_weights())
         except Exception as error:  # whatever either raises for a network that it does not know
             raise UserError("--teacher-precision int8: the teacher cannot be written in int8 ({}); use bf16 or float32"
                             .format(" ".join(str(error).split())[:160] or type(error).__name__))

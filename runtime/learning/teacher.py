@@ -64,16 +64,16 @@ class Teacher(nn.Module):
             self.model.to(dtype=dtype)
 
     def replace(self, network: nn.Module):
-        """Takes another network for float32 images on a CPU, that is compiled already."""
+        """Takes another network for float32 images on a CPU, which `compile_network` leaves alone."""
         self.model, self.dtype, self.channels_last, self.compiled = network, None, False, True
 
-    def compile(self, device_type: str):
+    def compile_network(self, device_type: str):
         """Lets the network be compiled when it is first called; raises UserError as compile_module does."""
         if not self.compiled:
             compile_module(self.model, device_type, fullgraph=False, frozen=True)
             self.compiled = True
 
-    def macs(self, size: int) -> int:
+    def image_macs(self, size: int) -> int:
         """Multiply-adds for an image that comes with `size` pixels."""
         return count_macs(self.model, self.input_size or size)
 

@@ -1,15 +1,19 @@
 """A teacher that computes in another number format than its student, held to what it says in float32."""
 import importlib
 import os
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Dataset
 
+from evo_vit.compat import TORCH
+
 from ..errors import SaveFailed, UserError
 from ..keeping.files import write_whole
 from ..machine import versions
+from ..machine.agreement import Agreement
 from ..machine.machine import Machine
-from ..machine.processes import share_bytes
+from ..machine.onnx_bytes import OLDEST_TORCH
 from ..pictures.batches import collate
 from .quantized import Quantized, fingerprint, quantize
 from .teacher import Teacher
@@ -33,14 +37,17 @@ def need_precision(name: str, machine: Machine):
         return
     if machine.device.type != "cpu":
         raise UserError("--teacher-precision int8 is for a CPU; on {} use bf16".format(machine.device.type))
+    if TORCH < OLDEST_TORCH:
+        raise UserError("--teacher-precision int8 needs PyTorch {}.{} or newer; use float32".format(*OLDEST_TORCH))
     try:
         for package in ("onnx", "onnxruntime.quantization"):
             importlib.import_module(package)
-    except ImportError:
-        raise UserError("--teacher-precision int8 needs onnx and onnxruntime; pip install onnx onnxruntime")
+    except ImportError as error:
+        raise UserError("--teacher-precision int8 needs onnx and onnxruntime ({}); pip install onnx onnxruntime".format(
+            error))
 
 
-def _crops(view, draws, machine):
+def _crops(view, draws):
     """Batches of the training crops `draws`, bytes as machine.images takes them."""
     return [collate([view[draw] for draw in draws[start:start + _BATCH]])[0]
             for start in range(0, len(draws), _BATCH)]
@@ -66,47 +73,55 @@ def _kept(path, say):
             content = f.read()
         Quantized(content, 0)
     except Exception as error:  # a damaged file can raise anything in what reads it
-        say("Note: {} is damaged and made anew ({})".format(path, " ".join(str(error).split())[:80]))
+        say("Note: {} cannot be used and is made anew ({})".format(path, " ".join(str(error).split())[:80]))
         return None
     say("Teacher in int8: {}".format(path))
     return content
 
 
 def _quantized(teacher, view, machine, teacher_path):
-    """The int8 network of the teacher's, the same bytes for every process: the first one's file beside `teacher_path`,
-    or else what it makes and keeps there."""
-    content = None
-    if machine.world.is_main:
-        crops = _crops(view, _spread(min(CALIBRATION, len(view)), view, CROPS), machine)
-        images = [teacher.prepare(machine.images(pixels)) for pixels in crops]
-        path = "{}.int8-{}.onnx".format(teacher_path, fingerprint(teacher.model, images[0].shape[-1]))
-        content = _kept(path, machine.say)
-        if content is None:
-            machine.say("Teacher in int8: calibrating it on {} training crops (once)".format(sum(map(len, images))))
-            content = quantize(teacher.model, images)
-            try:
-                write_whole(path, lambda f: f.write(content))
-            except SaveFailed as error:
-                machine.say("Note: it is not kept for the next run ({})".format(error))
-    return share_bytes(content or b"")
+    """The int8 network of the teacher's: the file beside `teacher_path`, or else what is made and kept there."""
+    crops = _crops(view, _spread(min(CALIBRATION, len(view)), view, CROPS))
+    images = [teacher.prepare(machine.images(pixels)) for pixels in crops]
+    path = "{}.int8-{}.onnx".format(teacher_path, fingerprint(teacher.model, images))
+    content = _kept(path, machine.say)
+    if content is None:
+        machine.say("Teacher in int8: calibrating it on {} training crops (once)".format(sum(map(len, images))))
+        content = quantize(teacher.model, images)
+        own = "{}.{}".format(path, os.getpid())  # another run may write here at the same time
+        try:
+            write_whole(own, lambda f: f.write(content))
+            os.replace(own, path)
+        except (OSError, SaveFailed) as error:
+            machine.say("Note: it is not kept for the next run ({})".format(error))
+    return content
 
 
-def set_precision(teacher: Teacher, name: str, view: Dataset, machine: Machine, needed: float, teacher_path: str):
+class Shelf(NamedTuple):
+    """Where an int8 network is kept: beside the teacher's file `teacher_path`, by the first of the processes that
+    `agreement` joins, from which the others have it."""
+    teacher_path: str
+    agreement: Agreement
+
+
+def set_precision(teacher: Teacher, name: str, view: Dataset, machine: Machine, needed: float, shelf: Shelf):
     """From now on `teacher`, a float32 one, computes in `name`, one of DTYPES or INT8, whatever its student computes
     in.
 
     Measures on CROPS training crops of `view` (a TrainingView), evenly spread over its pictures and the processes, for
-    what share its first choice stays that of float32, prints and returns it. The int8 network is kept beside
-    `teacher_path`. Raises UserError where the share is less than `needed`.
+    what share its first choice stays that of float32, prints and returns it. The int8 network is kept on the `shelf`.
+    Raises UserError where the share is less than `needed`, and, on every process, where there is no int8 network.
     """
     if name == "float32":
         return 1.0
     count = min(max(CROPS, machine.world.size), len(view))  # at least one for each process
-    batches = _crops(view, _spread(count, view)[machine.world.rank::machine.world.size], machine)
+    batches = _crops(view, _spread(count, view)[machine.world.rank::machine.world.size])
     exact = _first_choices(teacher, batches, machine)
     if name == INT8:
-        size = machine.images(batches[0]).shape[-1]
-        teacher.replace(Quantized(_quantized(teacher, view, machine, teacher_path), teacher.macs(size)))
+        macs = teacher.image_macs(machine.images(batches[0]).shape[-1])
+        content = shelf.agreement.all_done(lambda: _quantized(teacher, view, machine, shelf.teacher_path)
+                                           if machine.world.is_main else None)
+        teacher.replace(Quantized(shelf.agreement.from_process(0, content), macs))
     else:
         teacher.compute_in(DTYPES[name])
     same, total = machine.sum((_first_choices(teacher, batches, machine) == exact).sum().item(), len(exact))

@@ -1,10 +1,11 @@
 """What the processes of a run tell one another between two updates."""
-from typing import List, Optional, Sequence
+from typing import Callable, List, Optional, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from ..errors import UserError
 from .processes import all_gather, all_reduce, broadcast, is_distributed
 
 
@@ -74,6 +75,20 @@ class Agreement:
             all_gather(lists, padded, group=self._group)
         return [bytes(values[:length].tolist()).decode("utf-8", "surrogateescape")
                       for values, length in zip(lists, lengths)]
+
+    def all_done(self, function: Callable):
+        """What function() gives on this process. Raises UserError on every process where it does so on one."""
+        result, refusal = None, ""
+        try:
+            result = function()
+        except UserError as error:
+            refusal = str(error)
+        refusals = self.texts(refusal)
+        if any(refusals):
+            first = next(rank for rank, text in enumerate(refusals) if text)
+            everywhere = all(text == refusals[0] for text in refusals)
+            raise UserError(refusals[first] if everywhere else "process {}: {}".format(first, refusals[first]))
+        return result
 
     def from_process(self, source: int, content: Optional[bytes]) -> bytes:
         """The `content` of process `source`; the others give None."""

@@ -114,6 +114,18 @@ def peak_memory_mb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # macOS counts bytes
 
 
+def forget_peak_memory(device):
+    """From now on `peak_memory_mb` is that of what comes; on a CPU where the system can do that (Linux)."""
+    if device.type != "cpu":
+        getattr(torch, device.type).reset_peak_memory_stats()
+        return
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    except OSError:
+        pass
+
+
 def keep_freed_memory(keep=True):
     """Lets the C library keep what tensors on the CPU have freed for the next ones, instead of giving it back to the
     system and asking for it anew, page by page, in every step. keep=False: what glibc settles at when it is left alone.

@@ -8,7 +8,6 @@ import sys
 from datetime import timedelta
 from typing import List, NamedTuple, Optional
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -261,18 +260,6 @@ def parallelize(model: torch.nn.Module, device: torch.device, unused=()) -> torc
     # an NPU's fused optimiser puts its own tensors in the gradients' places, so there they are no views
     return versions.data_parallel(model, list(unused), None if device.type == "cpu" else [device.index],
         device.type != "npu")
-
-
-def share_bytes(content: bytes) -> bytes:
-    """Rank 0's `content`, for every process, through the memory of the CPU."""
-    if not is_distributed():
-        return content
-    length = torch.tensor([len(content)])
-    broadcast(length, 0)
-    own = bytearray(content or length.item())
-    tensor = torch.from_numpy(np.frombuffer(own, dtype=np.uint8))
-    broadcast(tensor, 0)
-    return tensor.numpy().tobytes()
 
 
 def broadcast_weights(model: torch.nn.Module):

@@ -1,11 +1,14 @@
 """benchmark.py from its command line, with models and images that tests can afford."""
 import itertools
 import json
+import os
 import re
+import signal
 import sys
 
 import commands
 import pytest
+import torch
 
 import benchmark
 from bench import contenders, operators, report, turns
@@ -118,9 +121,21 @@ def test_what_the_published_code_cannot_run_is_said(flags, sentence, published, 
     assert end.value.code == 2 and err.count("\n") == 1 and sentence in err, err
 
 
-def test_a_contenders_process_that_ends_is_named(capfd, monkeypatch):
-    monkeypatch.setattr(turns, "_serve", sys.exit)
-    with pytest.raises(RunFailed, match="contender EvoLeViT_128S: its process ended with exit code 1"):
+def end_at_once(connection, text, place):
+    os._exit(3)
+
+
+def end_between_turns(connection, text, place):
+    connection.send((1, 1))
+    connection.close()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("serve,code", [
+    (end_at_once, "3$"), (end_between_turns, "-9, as the system does where memory runs out")])
+def test_a_contenders_process_that_ends_is_named(serve, code, monkeypatch):
+    monkeypatch.setattr(turns, "_serve", serve)
+    with pytest.raises(RunFailed, match="contender EvoLeViT_128S: its process ended with exit code " + code):
         turns.race(["EvoLeViT_128S"], turns.Place("inference", 1, 64, "cpu"), 1, 0.1)
 
 
@@ -199,6 +214,11 @@ def test_one_set_of_weights_at_many_speeds(tmp_path, student):
     (["train", "--compare", "EvoLeViT_128S,teacher-precision=int4"], "teacher-precision is one of float32, bf16, int8"),
     (["breakdown", "--compare", "EvoLeViT_128S,published"], "runs in inference and train alone"),
     (["inference", "--compare", "EvoLeViT_128S,published,fuse"], "runs them one way"),
+    (["inference", "--compare", "EvoLeViT_128S,published=here"], "published takes no value"),
+    (["train", "--compare", "EvoLeViT_128S,teacher-precision"], "teacher-precision needs a value"),
+    (["train", "--compare", "EvoLeViT_128S,stored,teacher-precision=int8"], "has no effect beside stored"),
+    (["train", "--compare", "EvoLeViT_128S,plain,compile"], "compile has no effect beside plain"),
+    (["train", "--compare", "EvoLeViT_128S,teacher=none,teacher-size=64"], "teacher=none has no teacher to run"),
     (["inference", "--compare", "regnety_002,published"], "has Evo-LeViT and Evo-DeiT"),
     (["breakdown", "--compare", "EvoLeViT_128S,plain,teacher=none"], "recipe's own step"),
     (["breakdown", "--compare", "EvoLeViT_128S,teacher=none", "--compile"],
@@ -228,7 +248,7 @@ def test_the_report_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as end:
         benchmark.main(flags)
     assert end.value.code == 1 and "the tables before it are kept" in capsys.readouterr().err
-    page, = set(tmp_path.glob("*.md")) - {tmp_path / "README.md"}
+    page, = set(tmp_path.glob("*.md")) - {tmp_path / "machines.md"}
     first = page.read_text()
     assert first.startswith("# ") and "| inference | EvoLeViT_128S,plain | 0.001 / 0.002 |" in first
     assert "| met |" in first
@@ -240,24 +260,46 @@ def test_the_report_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, caps
     one, other = (text.split("## First")[1].split("## ")[0].strip() for text in (first, second))
     assert one == other
     assert "| the same again | EvoLeViT_128S,plain | 1000 / 2000 |" in second and "**missed**" in second
-    assert "| met at 0.5 |" in second and second.count("| EvoLeViT_128S,fuse | 2 | 64 |") == 2
+    assert "| met the lower one |" in second and second.count("| EvoLeViT_128S,fuse | 2 | 64 |") == 2
     assert "compile" not in second  # --quick
-    together = (tmp_path / "README.md").read_text()
-    assert "]({})".format(page.name) in together and "| between: 0.5 / 1.5 | 1.00 of plain, met at 0.5 |" in together
-    assert re.search(r"\| the same again: 1000 / 2000 \| [0-9.]+ of plain, \*\*missed\*\* \|", together)
+    together = (tmp_path / "machines.md").read_text()
+    assert "]({})".format(page.name) in together
+    assert "| between: 0.5 / 1.5 | 1.00 to EvoLeViT_128S,plain, met the lower one |" in together
+    assert re.search(r"\| the same again: 1000 / 2000 \| [0-9.]+ to EvoLeViT_128S,plain, \*\*missed\*\* \|", together)
 
 
-def test_the_published_code_comes_first_where_it_is_at_hand():
-    step, = [table for table in report.tables_for(True, False, True) if table.title == "Training step"]
+def test_the_tables_of_a_report_suit_what_is_there():
+    step, = [table for table in report.tables_for(True, ["amp"], True) if table.title == "Training step"]
     assert step.contenders[:2] == ["EvoLeViT_256,published", "EvoLeViT_256,plain"]
-    assert not {"amp", "compile", "teacher-precision=bf16"} & set(",".join(step.contenders).split(","))
-    for quick, half, published in itertools.product((True, False), repeat=3):
-        for table in report.tables_for(quick, half, published):
+    assert not {"amp", "compile"} & set(",".join(step.contenders).split(","))
+    whats = [target.what for table in report.TABLES + report.PUBLISHED for target in table.targets.values()]
+    assert len(set(whats)) == len(whats)
+    for quick, published in itertools.product((True, not can_compile()), (True, False)):
+        for table in report.tables_for(quick, [], published):
             task = table.arguments[0]
             for text in table.contenders if task != "breakdown" else ():
-                contenders.parse(task, text)  # raises for a word that the task does not know
-                assert published or "published" not in text
-            assert set(table.targets) <= set(table.contenders) or quick or not half
+                assert published or "published" not in contenders.parse(task, text)[1]  # parse knows all its words
+            assert all(one in table.contenders for one in table.targets if "compile" not in one)
+
+
+def test_what_cannot_run_is_left_out_with_its_reason():
+    on_cuda = report.what_it_cannot(torch.device("cuda"))
+    assert "is for a CPU" in on_cuda["teacher-precision=int8"] and "amp" not in on_cuda
+    here = report.what_it_cannot(torch.device("cpu"))
+    assert ("amp" in here) == ("teacher-precision=bf16" in here)
+
+
+def test_machines_stand_side_by_side(monkeypatch):
+    def figures(name, **ratios):
+        rows = [{"contender": text, "ratio": ratio, "ratio_min": ratio, "ratio_max": ratio}
+                for text, ratio in [("first", 1.0)] + sorted(ratios.items())]
+        return {"about": {"machine": name, "threads": 2}, "tables": {"Table": {"rows": rows}}, "left_out": {}}
+
+    tables = [report.Table("Table", [], [], {"b": report.Target("two", 1, 2), "a": report.Target("one", 1, 3)})]
+    monkeypatch.setattr(report, "TABLES", tables)
+    page = report.side_by_side({"x": figures("X", b=2.5), "y": figures("Y", a=0.5, b=1.5)})
+    assert page.splitlines()[-2:] == ["| two: 1 / 2 | 2.50 to first, met | 1.50 to first, met the lower one |",
+                                      "| one: 1 / 3 | - | 0.50 to first, **missed** |"]
 
 
 def test_the_cost_of_a_data_set_without_its_pictures(tmp_path):

@@ -13,7 +13,8 @@ from evo_vit.compat import TORCH
 from runtime.errors import UserError
 from runtime.keeping.checkpoint import load_checkpoint
 from runtime.learning.teacher import Teacher, build_teacher
-from runtime.learning.teacher_precision import need_precision, set_precision
+from runtime.learning.teacher_precision import Shelf, need_precision, set_precision
+from runtime.machine.agreement import Agreement
 from runtime.machine.machine import Machine
 from runtime.machine.processes import World
 from runtime.machine.versions import has_autocast, has_bf16
@@ -31,6 +32,9 @@ def test_a_teacher_saved_by_timm_0_4_12_gives_equal_outputs(tmp_path):
     with torch.no_grad():
         logits = teacher(images(64).float())
     assert relative_error(logits, facts["logits"]) < 1e-5
+
+
+SHELF = Shelf("teacher.pth", Agreement())
 
 
 class Close(torch.nn.Module):
@@ -63,12 +67,12 @@ def test_a_teacher_in_bf16_is_held_to_float32(capsys):
     machine = Machine(torch.device("cpu"))
     for needed in (0.0, 0.4):
         teacher = Teacher(Close(), dtype=torch.float32, own_format=True)
-        assert 0.4 < set_precision(teacher, "bf16", Pictures(300), machine, needed, "teacher.pth") < 0.6
+        assert 0.4 < set_precision(teacher, "bf16", Pictures(300), machine, needed, SHELF) < 0.6
         assert teacher.dtype is torch.bfloat16 and teacher.model.weight.dtype is torch.bfloat16
         assert "Teacher in bf16: its first choice is that of float32 for 5" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"that of float32 for 5.* of 256 training crops only.* than 0.98"):
         set_precision(Teacher(Close(), dtype=torch.float32, own_format=True), "bf16", Pictures(300), machine, 0.98,
-                      "teacher.pth")
+                      SHELF)
 
 
 class Levels(torch.nn.Module):
@@ -89,9 +93,11 @@ def need_onnxruntime():
 
 
 @pytest.mark.skipif(TORCH < (1, 8), reason="this PyTorch writes ONNX for one batch size alone")
-def test_a_teacher_in_int8_is_made_once_and_held_to_float32(tmp_path, capsys):
+def test_a_teacher_in_int8_is_made_once_and_held_to_float32(tmp_path, capsys, monkeypatch):
     need_onnxruntime()
-    machine, path, made = Machine(torch.device("cpu")), str(tmp_path / "teacher.pth"), []
+    import onnx
+    machine, made = Machine(torch.device("cpu")), []
+    shelf = Shelf(str(tmp_path / "teacher.pth"), Agreement())
     pictures = Pictures(300)
     for run in range(3):
         if run == 2:  # damaged: made anew
@@ -99,22 +105,29 @@ def test_a_teacher_in_int8_is_made_once_and_held_to_float32(tmp_path, capsys):
             kept.write_bytes(kept.read_bytes()[:1000])
         teacher = Teacher(Levels().eval(), dtype=torch.float32, own_format=True)
         x = machine.images(collate([pictures[draw] for draw in ((0, 0), (1, 1), (2, 2))])[0])
-        exact, size = teacher(x), teacher.macs(8)
-        assert set_precision(teacher, "int8", pictures, machine, 0.9, path) > 0.9
-        assert 0 < relative_error(teacher(x), exact) < 0.05 and teacher.macs(8) == size
-        teacher.compile("cpu")  # it is compiled: that leaves it alone
-        assert torch.equal(teacher(x), teacher(x))
+        exact, size = teacher(x), teacher.image_macs(8)
+        assert set_precision(teacher, "int8", pictures, machine, 0.9, shelf) > 0.9
+        assert 0 < relative_error(teacher(x), exact) < 0.05 and teacher.image_macs(8) == size
+        network = teacher.model
+        monkeypatch.setattr("runtime.learning.teacher.compile_module", pytest.fail)
+        teacher.compile_network("cpu")  # leaves it alone
+        assert teacher.model is network
         made.append(teacher(x))
         printed = capsys.readouterr().out
         assert "Teacher in int8: its first choice is that of float32 for " in printed
         assert ("calibrating it on 64 training crops" in printed) == (run != 1)
-        assert ("is damaged and made anew" in printed) == (run == 2)
+        assert ("cannot be used and is made anew" in printed) == (run == 2)
     assert all(torch.equal(logits, made[0]) for logits in made) and len(list(tmp_path.iterdir())) == 1
+    graph = onnx.load(str(next(tmp_path.iterdir()))).graph
+    weight, = [onnx.numpy_helper.to_array(one) for one in graph.initializer
+               if len(one.dims) == 4 and one.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)]
+    # what a processor without an instruction for them adds up without an overflow
+    assert weight.dtype == "uint8" or abs(weight.astype(int)).max() <= 64
     # other weights have another file
     other = Levels().eval()
     with torch.no_grad():
         other.linear.bias[2] += 1.0
-    set_precision(Teacher(other, dtype=torch.float32, own_format=True), "int8", pictures, machine, 0.9, path)
+    set_precision(Teacher(other, dtype=torch.float32, own_format=True), "int8", pictures, machine, 0.9, shelf)
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -123,10 +136,11 @@ def test_a_teacher_in_int8_that_cannot_be_kept_is_used_once(tmp_path, capsys):
     need_onnxruntime()
     teacher = Teacher(Levels().eval(), dtype=torch.float32, own_format=True)
     assert set_precision(teacher, "int8", Pictures(300), Machine(torch.device("cpu")), 0.9,
-                         str(tmp_path / "gone" / "teacher.pth")) > 0.9
+                         Shelf(str(tmp_path / "gone" / "teacher.pth"), Agreement())) > 0.9
     assert "it is not kept for the next run" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(TORCH < (1, 8), reason="this PyTorch writes ONNX for one batch size alone")
 def test_where_a_teacher_cannot_compute_in_int8():
     need_onnxruntime()
     with pytest.raises(UserError, match="int8 is for a CPU; on cuda use bf16"):
@@ -138,13 +152,13 @@ def test_where_a_teacher_cannot_compute_in_int8():
 
     with pytest.raises(UserError, match="the teacher cannot be written in int8"):
         set_precision(Teacher(Unwritable().eval(), dtype=torch.float32, own_format=True), "int8", Pictures(300),
-                      Machine(torch.device("cpu")), 0.9, "teacher.pth")
+                      Machine(torch.device("cpu")), 0.9, SHELF)
 
 
 def test_of_more_processes_than_crops_each_has_one():
     teacher = Teacher(Close(), dtype=torch.float32, own_format=True)
     machine = Machine(torch.device("cpu"), World(300, 512, 4, 8))
-    assert set_precision(teacher, "bf16", Pictures(1000), machine, 0.0, "teacher.pth") in (0.0, 1.0)
+    assert set_precision(teacher, "bf16", Pictures(1000), machine, 0.0, SHELF) in (0.0, 1.0)
 
 
 @pytest.mark.skipif(not has_autocast("cpu"), reason="this PyTorch has no mixed precision on a CPU")
@@ -172,6 +186,7 @@ def test_main_trains_with_a_teacher_in_a_format_of_its_own(name, digit_folder, t
     if name == "int8":  # one process makes the network, both use it
         launch = found.get("torchrun", found["launch"])
     printed = commands.succeed("--teacher-precision", name, "--teacher-agreement", 0.5, *flags, launch=launch)
+    assert printed.count("Teacher in int8: calibrating") == len(list(tmp_path.glob("*.onnx"))) == (name == "int8")
     share = re.search("Teacher in {}: its first choice is that of float32 for ([0-9.]+)% of 256".format(name), printed)
     assert 50 <= float(share.group(1)) <= 100
     for wrong, sentence in ((["--distillation-type", "none"], "--distillation-type none has no teacher to run"),
