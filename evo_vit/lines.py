@@ -42,7 +42,7 @@ LINES = OrderedDict([
                  "2.5_requirements.txt")),
     ("2.7", Line("3.10 3.11 3.9", "2.7.1", "==0.22.1", ">=1.0.20,<1.1", ">=9.1,<12", ">=1.22,<2",
                  "2.7_requirements.txt")),
-    # beside 2.14.1 only what BY_HAND's combinations were tried with (2026-11-26)
+    # 2.14.1 was only tried as BY_HAND's combinations were (2026-11-26)
     ("current", Line("3.11 3.12 3.13 3.10", "2.13.0", "==0.28.0", ">=1.0.31,<1.1", ">=10,<13", ">=1.26,<3",
                      "requirements.txt", also=[("2.14.1", "==0.29.*")])),
 ])
