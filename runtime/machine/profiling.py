@@ -16,7 +16,9 @@ from .machine import Machine
 
 WARMUP = 5  # updates that are left out before
 ROWS = 10  # operators of the table
-_ANNOTATIONS = re.compile(r"ProfilerStep|Optimizer\.|enumerate\(DataLoader\)")  # PyTorch's own; no operators
+# Beside operators ("aten::mm") PyTorch records its own steps, autograd's nodes ("SliceBackward0") and a card's kernels,
+# whose time is that of their operators once more. What the compiler has made of many operators counts as one.
+_OPERATOR = re.compile(r"(?!autograd::|torch::)\w+::\w+$|Torch-Compiled Region|## Call CompiledFxGraph")
 
 
 def _npu_profiler():
@@ -64,7 +66,7 @@ class Profile:
     def _take(self, profiler):
         os.makedirs(self.folder, exist_ok=True)
         profiler.export_chrome_trace(os.path.join(self.folder, "trace.json"))
-        events = [event for event in profiler.key_averages() if not _ANNOTATIONS.match(event.key)]
+        events = [event for event in profiler.key_averages() if _OPERATOR.match(event.key)]
         events.sort(key=_total_time, reverse=True)
         self.table = [(event.key, event.count, _total_time(event)) for event in events[:ROWS]]
 

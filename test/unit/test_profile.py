@@ -2,11 +2,14 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import commands
 import pytest
+import torch
 
 from evo_vit.compat import TORCH
+from runtime.machine.profiling import Profile
 
 RUN = ("--model", "EvoLeViT_128S", "--distillation-type", "none", "--batch-size", 8, "--epochs", 1)
 needs_profiler = pytest.mark.skipif(TORCH < (2, 1), reason="--profile needs PyTorch 2.1")
@@ -28,6 +31,32 @@ def test_a_run_leaves_a_trace_and_a_table_of_ten_operators(digit_folder, tmp_pat
     assert len(rows) == 10 and times == sorted(times, reverse=True) and times[0] > 0
     assert all("::" in row[2] for row in rows), rows
     assert lines[start + 11].startswith("Profile of 2 updates: {}".format(tmp_path / "profile"))
+
+
+class Recorded:
+    """What a profiler has recorded: events by name, each more expensive than the one before."""
+
+    def __init__(self, names):
+        self.events = [SimpleNamespace(key=name, count=1, self_cpu_time_total=1.0 + place)
+                       for place, name in enumerate(names)]
+
+    def export_chrome_trace(self, path):
+        pass
+
+    def key_averages(self):
+        return self.events
+
+
+@needs_profiler
+def test_only_operators_stand_in_the_table(tmp_path):
+    profile = Profile(1, torch.device("cpu"), str(tmp_path))
+    profile._take(Recorded([
+        "aten::mm", "c10d::allreduce_", "mkldnn::_linear_pointwise", "SliceBackward0", "ProfilerStep*",
+        "autograd::engine::evaluate_function: AddmmBackward0", "torch::autograd::AccumulateGrad",
+        "Torch-Compiled Region: 0/0", "Optimizer.step#AdamW.step", "enumerate(DataLoader)#_Iter.__next__",
+        "ampere_sgemm_128x64_nn", "void at::native::elementwise_kernel<4>(int)"]))
+    assert [name for name, _, _ in profile.table] == ["Torch-Compiled Region: 0/0", "mkldnn::_linear_pointwise",
+                                                      "c10d::allreduce_", "aten::mm"]
 
 
 @needs_profiler
