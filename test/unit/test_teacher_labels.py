@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import main
+from runtime.errors import UserError
 from runtime.keeping.state import Done
 from runtime.keeping.teacher_labels import LabelWriter, TeacherLabels
 from runtime.pictures.batches import TrainingView, collate
@@ -86,6 +87,19 @@ def test_one_process_writes_the_settings(tmp_path):
         writers[5].write(0, 5, [torch.arange(4)])
         assert sorted(os.listdir(folder)) == ["epoch-0000-replica-0005.npy", "settings.json"]
         shutil.rmtree(folder)
+
+
+def test_labels_of_another_precision_are_not_added_but_read_by_any_run(tmp_path):
+    own = {"distillation_type": "hard", "num_classes": 10, "replicas": 1, "batch_size": 4}
+    for written, other in (("int8", "bf16"), ("same", "int8"), (None, "float32")):  # None: older than the flag
+        folder, settings = str(tmp_path / str(written)), dict(own)
+        if written is not None:
+            settings["teacher_precision"] = written
+        LabelWriter(folder, settings).write(0, 0, [torch.arange(4)])
+        LabelWriter(folder, dict(own, teacher_precision=written or "same"))
+        with pytest.raises(UserError, match="were written with teacher_precision .* and this run has " + other):
+            LabelWriter(folder, dict(own, teacher_precision=other))
+        assert TeacherLabels(folder, dict(own, teacher_precision="same")).epochs == 1
 
 
 def test_the_crop_epoch_is_decided_in_one_place(tmp_path):
