@@ -44,8 +44,6 @@ CLASSES = 1000
 _MODES = {"plain", "published", "dense", "keep", "compile", "amp", "channels-last", "contiguous"}
 WORDS = {"inference": _MODES | {"fuse"}, "train": _MODES | {"teacher", "teacher-size", "teacher-precision", "stored"},
          "loader": {"draft", "fast", "normalized", "once"}}
-
-
 _WITH_VALUE = {"keep", "teacher", "teacher-size", "teacher-precision"}
 # {task: {word: those that would change nothing beside it}}
 _EXCLUDED = {"inference": {}, "loader": {}, "train": {
@@ -84,8 +82,8 @@ def parse(task, text):
             raise ValueError
     except ValueError:
         raise UserError("contender {}: keep=SHARE is above 0 and at most 1".format(text))
-    if not str(options.get("teacher-size", 1)).isdigit() or options.get("teacher") is True:
-        raise UserError("contender {}: teacher=NAME is a model and teacher-size=N a number of pixels".format(text))
+    if not str(options.get("teacher-size", 1)).isdigit():
+        raise UserError("contender {}: teacher-size=N is a number of pixels".format(text))
     if options.get("teacher-precision", INT8) not in list(DTYPES) + [INT8]:
         raise UserError("contender {}: teacher-precision is one of {}, int8".format(text, ", ".join(DTYPES)))
     if task == "loader":

@@ -17,14 +17,14 @@ from timm.utils import ModelEma, NativeScaler
 
 from evo_vit.compat import TORCH, create_model
 from runtime.errors import UserError
-from runtime.learning.models import apply_token_schedule, check_model_name, default_input_size
+from runtime.learning.models import EVO_DEIT, apply_token_schedule, check_model_name, default_input_size
 from runtime.machine.cost import count_macs
-from runtime.machine.devices import select_device, synchronize
+from runtime.machine.devices import synchronize
 
 from . import contenders
 
-_MODULES = {"EvoLeViT": ("levit.evo_levit", "levit.evo_levit_384"), "evo_deit": ("deit.evo_deit",)}
-_LOSSES = {"EvoLeViT": "levit.losses_levit", "evo_deit": "deit.losses_deit"}
+_MODULES = {"EvoLeViT": ("levit.evo_levit", "levit.evo_levit_384"), EVO_DEIT: ("deit.evo_deit",)}
+_LOSSES = {"EvoLeViT": "levit.losses_levit", EVO_DEIT: "deit.losses_deit"}
 
 
 def _import(folder, name):
@@ -50,19 +50,18 @@ def _model(folder, name, family, **options):
     raise UserError("--published {}: it has no {}".format(folder, name))
 
 
-def build(text, place) -> contenders.Contender:
+def build(text, place, device) -> contenders.Contender:
     """The contender of `text`, "NAME,published" with teacher=... where it trains, at a turns.Place.
 
     Raises UserError where the checkout lacks it, or has it for another size only.
     """
     name, options = contenders.parse(place.task, text)
-    family = "EvoLeViT" if name.startswith("EvoLeViT") else "evo_deit"
+    family = EVO_DEIT if name.startswith(EVO_DEIT) else "EvoLeViT"
     if place.size != default_input_size(name):
         raise UserError("contender {}: the published {} takes images of {} pixels alone".format(
             text, name, default_input_size(name)))
     if TORCH < (1, 6):
         raise UserError("contender {}: the published code needs PyTorch 1.6 or newer".format(text))
-    device = select_device(place.device)
     own = contenders.own_model(name, place.size, device, True)
     if place.task == "train":
         apply_token_schedule(own, 0, 0, 200)  # before epoch 200

@@ -35,14 +35,13 @@ class Result(NamedTuple):
     peak_memory_mb: float
 
 
-def build(text, place):
+def build(text, place, device):
     """The contenders.Contender of `text`. Raises UserError as contenders' functions do."""
-    device = select_device(place.device)
     if place.task == "loader":
         return contenders.loader(text, place.batch, place.size, device, place.photos)
     if "published" in contenders.parse(place.task, text)[1]:
         from . import published  # nothing else here imports the published code
-        return published.build(text, place)
+        return published.build(text, place, device)
     return getattr(contenders, place.task)(text, place.batch, place.size, device)
 
 
@@ -63,7 +62,7 @@ def _serve(connection, text, place):
     with its peak memory when it receives None."""
     device = select_device(place.device)
     try:
-        contender = build(text, place)
+        contender = build(text, place, device)
     except UserError as error:
         connection.send(error)
         return
