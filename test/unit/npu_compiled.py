@@ -29,7 +29,8 @@ def main(device_name):
             fill(plain, gain=1.0, qk_gain=1.0)
             set_mode(plain, mode)
             compiled = compile_module(copy.deepcopy(plain), device.type)
-            x = images(64, batch=2, seed=1).float().to(device)
+            # enough values for the last stage's batch norm, a token an image: over two it turns rounding into a difference
+            x = images(64, batch=8, seed=1).float().to(device)
             torchair.graphs.clear()
             outputs = []
             for model in (plain, compiled):

@@ -398,6 +398,14 @@ TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) {
   m.impl("scaled_dot_product_attention", torch::CppFunction::makeFromBoxedFunction<&attention>());
 }
 
+// As torch_npu's own: operators without a gradient of their own, such as collectives, go on to the device. From some
+// version on PyTorch brings this by itself, and there is one place for it.
+TORCH_LIBRARY_IMPL(_, AutogradPrivateUse1, m) {
+  if (!c10::Dispatcher::singleton().hasBackendFallbackForDispatchKey(c10::DispatchKey::AutogradPrivateUse1)) {
+    m.fallback(torch::CppFunction::makeFallthrough());
+  }
+}
+
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&on_host>());
 }
