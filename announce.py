@@ -10,7 +10,7 @@ import torch
 
 from flags import PUBLISHED_EPOCHS, global_batch, published_global_batch, scaled_lr
 from runtime.learning.models import default_input_size, is_evo_name
-from runtime.machine.cost import count_macs
+from runtime.machine.cost import count_macs, measure_matmul_rate
 
 SLOW = 1.5
 
@@ -39,6 +39,19 @@ def _on_cpu(args, machine):
     if is_evo_name(args.model) and machine.precision.name == "float32":
         text += ", linear maps {}".format(choose_linear())
     return text
+
+
+def measure_rate(machine):
+    """FLOP/s of matrix products in the run's number format on one device (see measure_matmul_rate). Says so where they
+    are slower than in float32, as on a CPU that has no instructions for them."""
+    rate = measure_matmul_rate(machine.device, machine.precision.dtype)
+    if machine.device.type == "cpu" and machine.precision.dtype is not None:
+        in_float32 = measure_matmul_rate(machine.device)
+        if rate < in_float32:
+            machine.say("Note: this processor has no fast {}: its matrix products reach {:.0f} GFLOP/s, those in "
+                        "float32 {:.0f}; --opt-level O0 trains in float32".format(
+                            machine.precision.name.split()[0], rate / 1e9, in_float32 / 1e9))
+    return rate
 
 
 def describe_training(args, machine, images, updates):

@@ -13,7 +13,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.scheduler import create_scheduler
 
 import losses
-from announce import describe, describe_epoch, describe_training, name_slow
+from announce import describe, describe_epoch, describe_training, measure_rate, name_slow
 from datasets import crop_pct
 from engine import Learner, evaluate, label_epoch, train_one_epoch
 from fix_timm.mixup import Mixup
@@ -50,7 +50,6 @@ from runtime.learning.teacher_precision import Shelf, need_precision, set_precis
 from runtime.machine import devices, processes, versions
 from runtime.machine.agreement import Agreement
 from runtime.machine.compiling import compile_module, frozen_weights
-from runtime.machine.cost import measure_matmul_rate
 from runtime.machine.machine import Machine
 from runtime.machine.precision import build_precision
 from runtime.machine.profiling import profiled
@@ -178,7 +177,7 @@ def train(args, given, checkpoint, machine, agreement, index):
     teacher, labels = build_teaching(args, loader, machine, agreement)
     macs = 3 * describe(model, args, machine)  # of a training image, forwards and backwards
     macs += teacher.image_macs(args.input_size) if teacher is not None else 0
-    matmul_rate = measure_matmul_rate(machine.device, machine.precision.dtype) * machine.world.size
+    matmul_rate = measure_rate(machine) * machine.world.size
     criterion, mixup = build_criterion(args, len(data.classes), teacher)
     unused = find_unused(model.to(machine.device), criterion, args, machine)
     learner, lr_scheduler = build_learner(args, model, criterion, machine)

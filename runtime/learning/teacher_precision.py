@@ -1,6 +1,7 @@
 """A teacher that computes in another number format than its student, held to what it says in float32."""
 import importlib
 import os
+import time
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from ..errors import SaveFailed, UserError
 from ..keeping.files import write_whole
 from ..machine import versions
 from ..machine.agreement import Agreement
+from ..machine.devices import synchronize
 from ..machine.machine import Machine
 from ..machine.onnx_bytes import OLDEST_TORCH
 from ..pictures.batches import collate
@@ -60,8 +62,13 @@ def _spread(count, view, first=0):
 
 @torch.no_grad()
 def _first_choices(teacher, batches, machine):
-    """(n,) the teacher's first choices for all pictures of `batches`."""
-    return torch.cat([teacher(machine.images(pixels)).argmax(dim=1) for pixels in batches])
+    """((n,) the teacher's first choices for all pictures of `batches`, the seconds that they take)."""
+    teacher(machine.images(batches[0]))  # what is done once is not in its time
+    synchronize(machine.device)
+    start = time.perf_counter()
+    choices = torch.cat([teacher(machine.images(pixels)).argmax(dim=1) for pixels in batches])
+    synchronize(machine.device)
+    return choices, time.perf_counter() - start
 
 
 def _kept(path, say):
@@ -109,14 +116,15 @@ def set_precision(teacher: Teacher, name: str, view: Dataset, machine: Machine, 
     in.
 
     Measures on CROPS training crops of `view` (a TrainingView), evenly spread over its pictures and the processes, for
-    what share its first choice stays that of float32, prints and returns it. The int8 network is kept on the `shelf`.
+    what share its first choice stays that of float32, and how fast it is; prints both and returns the share. The int8
+    network is kept on the `shelf`.
     Raises UserError where the share is less than `needed`, and, on every process, where there is no int8 network.
     """
     if name == "float32":
         return 1.0
     count = min(max(CROPS, machine.world.size), len(view))  # at least one for each process
     batches = _crops(view, _spread(count, view)[machine.world.rank::machine.world.size])
-    exact = _first_choices(teacher, batches, machine)
+    exact, exact_seconds = _first_choices(teacher, batches, machine)
     if name == INT8:
         macs = teacher.image_macs(machine.images(batches[0]).shape[-1])
         content = shelf.agreement.all_done(lambda: _quantized(teacher, view, machine, shelf.teacher_path)
@@ -124,12 +132,16 @@ def set_precision(teacher: Teacher, name: str, view: Dataset, machine: Machine, 
         teacher.replace(Quantized(shelf.agreement.from_process(0, content), macs))
     else:
         teacher.compute_in(DTYPES[name])
-    same, total = machine.sum((_first_choices(teacher, batches, machine) == exact).sum().item(), len(exact))
+    choices, seconds = _first_choices(teacher, batches, machine)
+    same, total = machine.sum((choices == exact).sum().item(), len(exact))
     share = same / total
     if share < needed:
         raise UserError("--teacher-precision {}: the teacher's first choice is that of float32 for {:.1%} of {} "
                         "training crops only; use float32, or a smaller --teacher-agreement than {:g}".format(
                             name, share, int(total), needed))
-    machine.say("Teacher in {}: its first choice is that of float32 for {:.1%} of {} training crops".format(
-        name, share, int(total)))
+    speed = exact_seconds / seconds
+    machine.say("Teacher in {}: its first choice is that of float32 for {:.1%} of {} training crops; {:.2g} times as "
+                "fast".format(name, share, int(total), speed))
+    if speed < 1:
+        machine.say("Note: --teacher-precision {} is slower than float32 on this machine".format(name))
     return share

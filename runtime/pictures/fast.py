@@ -55,6 +55,7 @@ class FastCrop:
         interpolation = crop.interpolation
         if isinstance(interpolation, (tuple, list)):
             interpolation = random.choice(interpolation)
-        part = torch.from_numpy(np.ascontiguousarray(pixels[top:top + h, left:left + w])).permute(2, 0, 1)
-        resized = versions.resize_bytes(part.unsqueeze(0), crop.size, interpolation.value)[0]
+        # made a batch before its channels move to the front, it is channels-last to PyTorch, which copies nothing then
+        part = torch.from_numpy(np.ascontiguousarray(pixels[top:top + h, left:left + w]))[None].permute(0, 3, 1, 2)
+        resized = versions.resize_bytes(part, crop.size, interpolation.value)[0]
         return Image.fromarray(resized.permute(1, 2, 0).contiguous().numpy())

@@ -1,11 +1,18 @@
-"""Machines of a cluster on one computer: network namespaces with addresses of their own, joined by a bridge. It needs
-Linux, root and the ip command."""
+"""Machines of a cluster on one computer: network namespaces with addresses of their own, joined by a bridge over links
+that delay and lose. It needs Linux, root, the ip command and /dev/net/tun."""
 import os
 import shutil
 import signal
 import subprocess
+import sys
 
-CAN = os.path.isdir("/proc/self/ns") and hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("ip") is not None
+import slow_link
+
+CAN = (os.path.isdir("/proc/self/ns") and hasattr(os, "geteuid") and os.geteuid() == 0
+       and shutil.which("ip") is not None and os.access(slow_link.TUN, os.R_OK | os.W_OK))
+
+
+MTU = 9000  # as clusters have it
 
 
 def _ip(*words):
@@ -13,11 +20,17 @@ def _ip(*words):
 
 
 class Hosts:
-    """`count` machines, 10.99.0.1 and so on, while it is entered. What runs on them is ended with them."""
+    """`count` machines, 10.99.0.1 and so on, while it is entered. What runs on them is ended with them.
 
-    def __init__(self, count):
+    delay: seconds that each of a machine's frames is under way to the bridge, or from it; loss: the share of them that
+    never arrives.
+    """
+
+    def __init__(self, count, delay=0.0025, loss=0.0025):
         self.tag = "evo{}".format(os.getpid() % 100000)
         self.count = count
+        self.delay, self.loss = delay, loss
+        self.links = None
         self.processes = [[] for _ in range(count)]
 
     def address(self, host):
@@ -27,11 +40,16 @@ class Hosts:
         try:
             _ip("link", "add", self.tag + "br", "type", "bridge")
             _ip("link", "set", self.tag + "br", "up")
+            ends = [end for host in range(self.count) for end in (self._names(host)[1], self._names(host)[1] + "e")]
+            self.links = subprocess.Popen(
+                [sys.executable, slow_link.__file__, str(self.delay), str(self.loss)] + ends, stdout=subprocess.PIPE)
+            assert self.links.stdout.readline() == b"ready\n"
             for host in range(self.count):
                 name, link = self._names(host)
                 _ip("netns", "add", name)
-                _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
-                _ip("link", "set", link, "master", self.tag + "br")
+                _ip("link", "set", link + "e", "netns", name, "name", "eth0")
+                _ip("link", "set", link, "mtu", MTU, "master", self.tag + "br")
+                _ip("-n", name, "link", "set", "eth0", "mtu", MTU)
                 _ip("-n", name, "addr", "add", self.address(host) + "/24", "dev", "eth0")
                 for device in ("lo", "eth0"):
                     _ip("-n", name, "link", "set", device, "up")
@@ -44,18 +62,15 @@ class Hosts:
     def __exit__(self, *_):
         for host in range(self.count):
             self.kill(host)
-            name, link = self._names(host)
-            subprocess.run(["ip", "link", "del", link], stderr=subprocess.PIPE)
-            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.PIPE)
+        if self.links is not None:  # its interfaces go with it
+            self.links.kill()
+            self.links.communicate()
+        for host in range(self.count):
+            subprocess.run(["ip", "netns", "del", self._names(host)[0]], stderr=subprocess.PIPE)
         subprocess.run(["ip", "link", "del", self.tag + "br"], stderr=subprocess.PIPE)
 
     def _names(self, host):
         return "{}h{}".format(self.tag, host), "{}v{}".format(self.tag, host)
-
-    def slow_down(self, host, delay="5ms", loss="0.5%"):
-        """Delays and loses packets that the machine sends; False where this kernel has no netem."""
-        return subprocess.run(["ip", "netns", "exec", self._names(host)[0], "tc", "qdisc", "add", "dev", "eth0", "root",
-                               "netem", "delay", delay, "loss", loss], stderr=subprocess.PIPE).returncode == 0
 
     def cut(self, host):
         """Unplugs the machine."""

@@ -29,7 +29,7 @@ def main(device_name):
             fill(plain, gain=1.0, qk_gain=1.0)
             set_mode(plain, mode)
             compiled = compile_module(copy.deepcopy(plain), device.type)
-            # enough values for the last stage's batch norm, a token an image: over two it turns rounding into a difference
+            # the last stage has a token an image: over two of them, batch norm turns rounding into a difference
             x = images(64, batch=8, seed=1).float().to(device)
             torchair.graphs.clear()
             outputs = []

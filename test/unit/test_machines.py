@@ -1,4 +1,5 @@
-"""A run on several machines, which are network namespaces here: whole, with one that dies, is cut off, comes back."""
+"""A run on several machines, which are network namespaces here, over links that delay and lose: whole, with one that
+dies, is cut off, comes back, fills its disk."""
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ import torch
 from hosts import CAN, Hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.once,
-              pytest.mark.skipif(not CAN, reason="network namespaces need Linux, root and the ip command"),
+              pytest.mark.skipif(not CAN, reason="hosts.py needs Linux, root, the ip command and /dev/net/tun"),
               pytest.mark.skipif(not hasattr(torch.distributed, "run") and torch.__version__ < "1.9",
                                  reason="this PyTorch has no torchrun")]
 RECIPE = commands.SMALL + ["--model", "EvoLeViT_128S", "--distillation-type", "none", "--batch-size", 8, "--epochs", 4,
@@ -71,7 +72,6 @@ def uninterrupted(data, tmp_path_factory):
     """Two machines with folders of their own, from start to end."""
     folder = tmp_path_factory.mktemp("whole")
     with Hosts(2) as hosts:
-        print("netem:", [hosts.slow_down(host) for host in range(2)])
         runs = [hosts.start(host, torchrun(hosts, host, "2", data, folder / str(host)), commands.ROOT,
                             folder / "{}.log".format(host)) for host in range(2)]
         assert wait(runs) == [0, 0], "".join((folder / "{}.log".format(host)).read_text() for host in range(2))

@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 
+import announce
 from runtime.errors import UserError
 from runtime.machine import precision
 from runtime.machine.precision import build_precision, parse_loss_scale
@@ -32,6 +33,19 @@ def test_a_cpu_computes_in_bf16_when_asked():
         with build_precision(CPU, *arguments).autocast():
             assert (torch.randn(2, 2) @ torch.randn(2, 2)).dtype == torch.bfloat16
             assert torch.randn(2, 2).softmax(1).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype, in_bf16, named", [
+    (torch.bfloat16, 5e9, True), (torch.bfloat16, 140e9, False), (None, 70e9, False)])
+def test_a_format_that_is_slower_than_float32_is_named(dtype, in_bf16, named, monkeypatch):
+    rates = {torch.bfloat16: in_bf16, None: 70e9}
+    monkeypatch.setattr(announce, "measure_matmul_rate", lambda device, dtype=None: rates[dtype])
+    said = []
+    machine = types.SimpleNamespace(device=CPU, say=said.append, precision=types.SimpleNamespace(
+        dtype=dtype, name="bf16 mixed (native O1)"))
+    assert announce.measure_rate(machine) == rates[dtype]
+    assert said == ["Note: this processor has no fast bf16: its matrix products reach 5 GFLOP/s, those in float32 70; "
+                    "--opt-level O0 trains in float32"] * named
 
 
 @pytest.mark.skipif(hasattr(torch, "autocast"), reason="this PyTorch has bf16 on a CPU")

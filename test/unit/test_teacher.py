@@ -3,6 +3,7 @@ format is held to float32."""
 import re
 import shutil
 import sys
+import time
 
 import commands
 import pytest
@@ -73,6 +74,28 @@ def test_a_teacher_in_bf16_is_held_to_float32(capsys):
     with pytest.raises(UserError, match=r"that of float32 for 5.* of 256 training crops only.* than 0.98"):
         set_precision(Teacher(Close(), dtype=torch.float32, own_format=True), "bf16", Pictures(300), machine, 0.98,
                       SHELF)
+
+
+class Lagging(Close):
+    """Close, and much later in float32 or in bf16."""
+
+    def __init__(self, late):
+        super().__init__()
+        self.late = late
+
+    def forward(self, images):
+        time.sleep(0.02 * (images.dtype is self.late))
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("late", [torch.float32, torch.bfloat16])
+def test_how_fast_a_format_is_is_said(late, capsys):
+    teacher = Teacher(Lagging(late), dtype=torch.float32, own_format=True)
+    set_precision(teacher, "bf16", Pictures(300), Machine(torch.device("cpu")), 0.0, SHELF)
+    printed = capsys.readouterr().out
+    times = float(re.search(r"of 256 training crops; ([0-9.e+-]+) times as fast\n", printed).group(1))
+    assert times > 2 if late is torch.float32 else times < 0.5
+    assert ("Note: --teacher-precision bf16 is slower than float32 on this machine\n" in printed) == (times < 1)
 
 
 class Levels(torch.nn.Module):
