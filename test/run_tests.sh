@@ -2,7 +2,7 @@
 # Runs the tests in a virtual environment of their own.
 # bash test/run_tests.sh [--line LINE|all] [--slow | --share] [pytest arguments]
 #   --line   a version line of evo_vit/lines.py, the current one if not given; on the others without the tests that no line can change
-#   --slow   all tests, also those that take minutes, and on the other lines those that no line can change
+#   --slow   also those that take minutes
 #   --share  the default ones and the few slow ones that every change has to pass
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -48,7 +48,7 @@ make_venv ".venv-test-$line" "$line" test/unit/requirements.txt
 case "$which" in
     default) marks=(-m "not slow$once") ;;
     share) marks=(-m "(not slow or share)$once") ;;
-    slow) marks=() ;;
+    slow) marks=(-m "(slow or not slow)$once") ;;
 esac
 # As many tests at a time as there are cores, up to four, each with one thread. OpenMP's threads sleep while they wait: where
 # those of two processes spin, they slow one another down many times over.

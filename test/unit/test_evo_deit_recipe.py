@@ -124,6 +124,7 @@ def test_it_starts_from_deits_own_weights_of_another_size(digit_folder, tmp_path
         deit.pos_embed[:, 0])
 
 
+@pytest.mark.once
 @pytest.mark.slow
 def test_it_learns_digits_from_a_teacher(tmp_path):
     """The quickstart's teacher: both modes reach 97 % of DIGITS' validation pictures."""
