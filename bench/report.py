@@ -157,7 +157,7 @@ def markdown(rows):
 
 def machine_name(device: torch.device) -> str:
     """The card's name, or the processor's."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return processor() if device.type == "cpu" else getattr(torch, device.type).get_device_name(device)
 
 
 def _about(device):

@@ -191,6 +191,12 @@ def test_a_step_has_few_operators_to_launch(tmp_path):
     assert not any("scaled_dot_product" in name for row in rows for name in row["list"])
 
 
+def test_a_report_is_named_by_the_card():
+    code, out, err = commands.run([sys.executable, "-c", "import torch, torch_npu; from bench.report import "
+        "machine_name; print(machine_name(torch.device('npu', 0)))"], env=with_double())
+    assert (code, out) == (0, "Ascend stand-in\n"), err
+
+
 SMALL = ["--num_workers", "1", "--input-size", "64", "--batch-size", "32", "--model", "EvoLeViT_128S"]
 
 

@@ -17,6 +17,10 @@ def device_count():
     return double.device_count() if visible is None else min(len(visible.split(",")), double.device_count())
 
 
+def get_device_name(device=None):
+    return "Ascend stand-in"
+
+
 def is_available():
     return device_count() > 0
 
