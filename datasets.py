@@ -19,10 +19,10 @@ from runtime.errors import DamagedImage, UserError
 from runtime.machine.randomness import drawing_from
 from runtime.machine.versions import interpolation
 from runtime.pictures import remote
-from runtime.pictures.archives import archive_names, member, read_archives
+from runtime.pictures.archives import archive_names, compressed_names, member, read_archives
 from runtime.pictures.batches import ToBytes
 from runtime.pictures.fast import FastCrop, load_pixels
-from runtime.pictures.folders import class_names, walk
+from runtime.pictures.folders import class_names, count_outside, walk
 from runtime.pictures.found import Names, Places
 from runtime.pictures.gallery import Picture, name_unreadable
 from runtime.pictures.index import Index
@@ -46,7 +46,7 @@ class PictureFiles(Dataset):
         self.classes = classes
         self.transform = transform
         self.loader = loader
-        self.left_out = left_out  # how many files of which suffix are no pictures
+        self.left_out = left_out  # as in a Found
         self.places = places
 
     def __len__(self):
@@ -87,14 +87,19 @@ def _find(root, part, index, needed=None):
     if classes and archives:
         raise UserError("--data-path: {} holds class folders ('{}') and archives ('{}'); leave one of the two kinds"
                         .format(folder, classes[0], archives[0]))
+    compressed = [] if classes else compressed_names(folder)
+    if compressed:
+        raise UserError("--data-path: {} is compressed, and only plain .tar archives are read; unpack it".format(
+            os.path.join(folder, compressed[0])))
     if archives:
         found = index.of(folder, archives, lambda shown: read_archives(folder, archives, shown))
         _need_same(found.classes, needed)
-        return found
+        return found._replace(left_out=found.left_out + count_outside(folder, "the archives"))
     if not classes:
         raise UserError("--data-path: {} has no class folders; the layout is {}/CLASS/PICTURE".format(folder, part))
     _need_same(classes, needed)
-    return index.of(folder, classes, lambda shown: walk(folder, classes, shown))
+    found = index.of(folder, classes, lambda shown: walk(folder, classes, shown))
+    return found._replace(left_out=found.left_out + count_outside(folder, "the class folders"))
 
 
 def _need_same(train, val):

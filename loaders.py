@@ -34,6 +34,11 @@ def build_loader(dataset, args, machine, **kwargs):
         **dict(kwargs, **versions.persistent_workers(workers)))
 
 
+def _name_left_out(dataset, say):
+    if getattr(dataset, "left_out", None):
+        say("Note: {} holds files that are left out: {}".format(dataset.root, describe_left_out(dataset.left_out)))
+
+
 def build_train_loader(args, machine, index=None):
     """The training images' loader; its data set and sampler are its attributes dataset.dataset and batch_sampler."""
     augmentation = Augmentation(*(getattr(args, name) for name in Augmentation._fields))
@@ -44,9 +49,7 @@ def build_train_loader(args, machine, index=None):
     if fast and not HAS_DECODER:
         machine.say("Note: --image-backend fast decodes JPEGs faster, to the same pixels, where simplejpeg is "
                     "installed; pip install simplejpeg")
-    if getattr(dataset, "left_out", None):
-        machine.say("Note: {} holds files that are no pictures by their names: {}".format(
-            dataset.root, describe_left_out(dataset.left_out)))
+    _name_left_out(dataset, machine.say)
     sampler = build_train_sampler(dataset, args.batch_size, machine.world.rank, machine.world.size, args.micro_batches,
                                   args.repeated_aug, args.seed)
     return build_loader(TrainingView(dataset, keep_generators=not fast), args, machine, batch_sampler=sampler)
@@ -57,6 +60,7 @@ def build_val_loader(args, machine, index=None, places_of=lambda classes: None):
     places_of(names of the classes): the number that the model has for each, None for the same."""
     dataset = build_dataset(False, args.data_set, args.data_path, build_transform(False, args.data_set,
         args.input_size), args.inat_category, index=index)
+    _name_left_out(dataset, machine.say)
     shared = args.dist_eval and machine.world.size > 1
     sampler = ShardSampler(dataset, machine.world.rank, machine.world.size) if shared else None
     view = EvaluationView(dataset, args.input_size, places_of(dataset.classes))

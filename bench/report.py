@@ -26,6 +26,7 @@ from runtime.machine.machine import Machine
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 QUICK = ["--rounds", "2", "--seconds", "0.2"]
 TOGETHER = "machines.md"  # the page of all machines
+BUSY = 0.5  # processors at work for other programs: more of them, and a table says so
 
 
 class Target(NamedTuple):
@@ -168,9 +169,20 @@ def _about(device):
             "threads": torch.get_num_threads(), "torch": versions()["torch"], "timm": versions()["timm"]}
 
 
+def _others_seconds() -> float:
+    """Seconds that the machine's processors have worked for programs other than this one and the ended ones that it
+    had started; 0 where the system does not say."""
+    try:
+        with open("/proc/stat") as f:
+            user, nice, system, _, _, interrupts, soft = (int(word) for word in f.readline().split()[1:8])
+    except (OSError, ValueError):
+        return 0.0
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+
 def _measure(arguments, published):
-    """benchmark.py's figures, with when they were taken and how much else the machine had to do."""
-    began, load = time.time(), os.getloadavg()[0]
+    """benchmark.py's figures, with when they were taken and how many processors worked for other programs meanwhile."""
+    began, others = time.time(), _others_seconds()
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "figures.json")
         command = [sys.executable, os.path.join(ROOT, "benchmark.py")] + arguments + ["--json", file]
@@ -180,8 +192,10 @@ def _measure(arguments, published):
             raise RunFailed("benchmark.py {} ended with exit code {}; the tables before it are kept".format(
                 " ".join(arguments), result.returncode))
         figures = _read(file)
+    seconds = time.time() - began
     return {"arguments": arguments, "rows": figures["rows"], "matmul_gflops_per_s": figures["matmul_gflops_per_s"],
-            "load": load, "day": time.strftime("%Y-%m-%d", time.gmtime(began)), "seconds": time.time() - began}
+            "others": (_others_seconds() - others) / seconds, "day": time.strftime("%Y-%m-%d", time.gmtime(began)),
+            "seconds": seconds}
 
 
 def _read(path):
@@ -245,12 +259,12 @@ def written(about: dict, found: Dict[str, dict], left_out: Dict[str, str]) -> st
         if table.title not in found:
             continue
         one = found[table.title]
-        busy = one["load"] > 0.5 * about["cores"]
+        busy = one.get("others", 0) > BUSY
         published = any("published" in row.get("contender", "").split(",") for row in one["rows"])
         text += ["## " + table.title, "", "`python benchmark.py {}{}`".format(
                      " ".join(one["arguments"]), " --published DIR" if published else ""), "",
                  "{}{}; {:.0f} s; float32 matrix products {:.0f} GFLOP/s".format(
-                     one["day"], ", **beside other work (load {:.1f})**".format(one["load"]) if busy else "",
+                     one["day"], ", **beside other work ({:.1f} processors)**".format(one["others"]) if busy else "",
                      one["seconds"], one["matmul_gflops_per_s"]), ""]
         text += markdown(one["rows"]) + [""]
     return "\n".join(text)

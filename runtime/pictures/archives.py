@@ -12,6 +12,7 @@ from .folders import count_left_out
 from .found import Found, Names, Places, Sign
 from .reading import Member, is_picture_name
 
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".zip", ".7z", ".rar")
 CLASSES = "classes.txt"  # a class's name in each line, beside train/ and val/: what the number in a .cls file means
 _BLOCK = 512  # bytes
 
@@ -20,6 +21,12 @@ def archive_names(root: str) -> List[str]:
     """The names of the tar archives in `root`, sorted."""
     return sorted(entry.name for entry in os.scandir(root)
                   if entry.name.endswith(".tar") and not entry.name.startswith(".") and entry.is_file())
+
+
+def compressed_names(root: str) -> List[str]:
+    """The names of the files in `root` that look like compressed archives, which are not read, sorted."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.name.lower().endswith(COMPRESSED)
+                  and not entry.name.startswith(".") and entry.is_file())
 
 
 def member(places: Places, root: str, index: int, path: str) -> Member:
@@ -101,8 +108,9 @@ class _Pictures:
     def of_classes(self, shown, parts) -> Iterator[str]:
         for label, part in enumerate(shown(parts)):
             archive = self.archives[part.number]
-            found = []
+            found, seen = [], set()
             for info in members(os.path.join(self.root, archive), part.offset):
+                _need_new(info.name, seen, os.path.join(self.root, archive))
                 if info.name.endswith(".cls"):
                     raise UserError("--data-path: {} is a shard with labels and {} is none; leave one of the two kinds"
                                     .format(os.path.join(self.root, archive), self.archives[0]))
@@ -120,6 +128,8 @@ class _Pictures:
             path = os.path.join(self.root, archive)
             with open(path, "rb") as file:
                 for key, picture, label in self._samples(path):
+                    if picture is None and label is None:
+                        continue
                     if picture is None or label is None:
                         raise UserError("--data-path: {}: the sample {} has no {}".format(
                             path, key, "picture" if picture is None else ".cls file with its class's number"))
@@ -132,23 +142,44 @@ class _Pictures:
 
     def _samples(self, path):
         """Yields (key, its picture, its .cls file) of a shard, None for what it has not."""
-        last = picture = label = None
+        seen, last, files = set(), None, []
         for info in members(path):
-            key, suffix = split_key(info.name)
+            key, _ = split_key(info.name)
             if key != last:
-                if picture or label:
-                    yield last, picture, label
-                last, picture, label = key, None, None
+                if files:
+                    yield self._sample(path, last, files)
+                _need_new(key, seen, path)
+                last, files = key, []
+            files.append(info)
+        if files:
+            yield self._sample(path, last, files)
+
+    def _sample(self, path, key, files):
+        """(key, its picture, its .cls file) of a sample's files. A picture KEY.jpg goes before KEY.seg.jpg."""
+        label, plain, dotted = None, [], []
+        for info in files:
+            suffix = split_key(info.name)[1]
             if suffix == "cls":
                 label = info
             elif _is_picture(info):
-                if picture is not None:
-                    raise UserError("--data-path: {}: the sample {} has two pictures".format(path, key))
-                picture = info
+                (dotted if "." in suffix else plain).append(info)
             elif not os.path.basename(info.name).startswith("."):
                 count_left_out(self.left_out, info.name)
-        if picture or label:
-            yield last, picture, label
+        pictures = plain or dotted
+        if len(pictures) > 1:
+            raise UserError("--data-path: {}: the sample {} has two pictures, {} and {} (a sample's name ends at its "
+                            "first dot)".format(path, key, pictures[0].name, pictures[1].name))
+        for info in dotted if plain else ():
+            count_left_out(self.left_out, info.name)
+        return key, pictures[0] if pictures else None, label
+
+
+def _need_new(name, seen, path):
+    """Notes `name`, of a file or a sample; raises UserError where it is there for the second time, as after tar
+    --append: one of the two is out of date."""
+    if name in seen:
+        raise UserError("--data-path: {} holds {} twice; write the archive anew".format(path, name))
+    seen.add(name)
 
 
 def split_key(name: str) -> Tuple[str, str]:
@@ -190,7 +221,16 @@ def members(path: str, offset: int = 0) -> Iterator[tarfile.TarInfo]:
                     raise UserError("--data-path: the archive {} is cut off or damaged at byte {:,}".format(
                         path, archive.offset))
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError("--data-path: the archive {} cannot be read ({})".format(path, error))
+        raise UserError("--data-path: the archive {} cannot be read ({})".format(
+            path, "it is compressed; unpack it to a plain .tar" if _is_compressed(path) else error))
+
+
+def _is_compressed(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04"))
+    except OSError:
+        return False
 
 
 def _first_names(path):

@@ -60,6 +60,12 @@ def count_left_out(left_out: Counter, file: str):
     left_out[os.path.splitext(file)[1].lower() or "without a suffix"] += 1
 
 
+def count_outside(root: str, of_what: str) -> Counter:
+    """The pictures that lie in `root` itself, outside of what is read: as in a Found's left_out."""
+    outside = sum(is_picture_name(entry.name) and entry.is_file() for entry in os.scandir(root))
+    return Counter({"outside " + of_what: outside} if outside else {})
+
+
 def _visible(top):
     """As visible_folders, with each folder's status from before its files were listed."""
     seen, statuses = set(), {top: os.stat(top)}
@@ -82,6 +88,6 @@ def visible_folders(top: str):
 
 
 def describe_left_out(left_out: Counter) -> str:
-    """"3 of .txt, 1 of .csv", the most frequent first."""
-    return ", ".join("{} {}{}".format(count, "" if suffix.startswith("w") else "of ", suffix)
+    """"3 of .txt, 1 without a suffix", the most frequent first."""
+    return ", ".join("{} {}{}".format(count, "of " if suffix.startswith(".") else "", suffix)
                      for suffix, count in left_out.most_common(8))

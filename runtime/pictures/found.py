@@ -93,7 +93,7 @@ class Found(NamedTuple):
     classes: List[str]
     names: Names  # of the files, from their class's folder on; in archives from the root on
     labels: np.ndarray  # (N,) int32, the place of each one's class in `classes`
-    left_out: Counter  # how many files of which suffix are no pictures
+    left_out: Counter  # {suffix of files that are no pictures, or where pictures lie that are not read: how many}
     signs: List[Sign]  # of each folder or archive that was looked into, from before that
     places: Optional[Places] = None  # where they lie, if in archives
 

@@ -81,8 +81,9 @@ class Index:
     def _look(self, root, there, walk):
         name = "index-{}.npz".format(os.path.basename(os.path.normpath(root)))
         # an index may also lie beside the data, as shards are written
-        for folder in (self.folder, os.path.dirname(os.path.normpath(root))):
-            found = folder and self._read(os.path.join(folder, name), root, there, folder == self.folder)
+        beside = os.path.dirname(os.path.abspath(root))
+        for folder in [self.folder, beside] if self.folder and os.path.abspath(self.folder) != beside else [beside]:
+            found = self._read(os.path.join(folder, name), root, there, folder == self.folder)
             if found:
                 return found
         began = time.time()
@@ -140,14 +141,15 @@ def _change(found, began, root, there, where):
         one = sorted(set(there) ^ set(before))[0]
         return "{} is {}".format(os.path.join(root, one), "new" if one in there else "gone")
     for sign in found.signs:
+        path = os.path.normpath(os.path.join(root, sign.path))
         try:
             now = Sign.of(root, sign.path)
         except OSError:
-            return "{} is gone".format(os.path.join(root, sign.path))
+            return "{} is gone".format(path)
         if now != sign:
-            return "{} has changed".format(os.path.join(root, sign.path))
+            return "{} has changed".format(path)
         if sign.time > began - SETTLED:
-            return "{} changed just before it was read".format(os.path.join(root, sign.path))
+            return "{} changed just before it was read".format(path)
     return None
 
 

@@ -3,13 +3,13 @@ main.py (--data-path OUT) and WebDataset read, with their index.
 
 OUT holds classes.txt, and in train/ and val/ shard-000000.tar, ...: of each picture CLASS/NUMBER-NAME.SUFFIX with its
 file's bytes as they are, and CLASS/NUMBER-NAME.cls with its class's number, in the order of the folder. What an
-interrupted call has finished is compared with DIR and kept.
+interrupted call has finished is compared with DIR and kept; shards of other pictures are left alone and refused.
 """
 import io
 import os
 import sys
 import tarfile
-from typing import Iterator, List, NamedTuple, Tuple
+from typing import Iterator, List, NamedTuple
 
 from tqdm import tqdm
 
@@ -64,61 +64,124 @@ def _content(path):
         raise RunFailed("{} cannot be read ({}); the shards before it are whole".format(path, error.strerror))
 
 
-def is_shard_of(path: str, pictures: List[Sample]) -> bool:
-    """Whether the file `path` holds these pictures and labels and nothing else, byte for byte."""
-    files = members(path)
+SAME, CHANGED, OTHER = "the same", "other bytes", "other pictures"
+
+
+def compare(path: str, pictures: List[Sample]) -> str:
+    """What the file `path` holds beside these pictures and labels: SAME, byte for byte; CHANGED: it is damaged, or its
+    pictures' files have changed; OTHER: its files have other names."""
+    files, found = members(path), SAME
     try:
         for picture in pictures:
             for suffix, content in ((picture.suffix, _content(picture.path)), ("cls", b"%d" % picture.label)):
                 info = next(files, None)
-                if info is None or info.name != "{}.{}".format(picture.key, suffix) or info.size != len(content):
-                    return False
-                if read_bytes(Member(path, info.offset_data, info.size, info.name)) != content:
-                    return False
-        return next(files, None) is None
+                if info is None or info.name != "{}.{}".format(picture.key, suffix):
+                    return OTHER
+                if info.size != len(content) or read_bytes(
+                        Member(path, info.offset_data, info.size, info.name)) != content:
+                    found = CHANGED
+        return found if next(files, None) is None else OTHER
     except UserError:  # cut off
-        return False
+        return CHANGED
 
 
-def write_part(folder: str, out: str, classes: List[str]) -> Tuple[int, int, int]:
-    """Writes the pictures of `folder` as shards into `out`, and compares what lies there with it, byte for byte;
-    returns the numbers of pictures, of shards, and of those that were there already. Raises RunFailed where a shard is
-    not read as it was written, and SaveFailed."""
+class Written(NamedTuple):
+    """What write_part has done: numbers of pictures, of shards, of those that were there already, and of those that
+    were there with other bytes."""
+    pictures: int
+    shards: int
+    kept: int
+    replaced: int
+
+    def __str__(self):
+        shards = [_counted(self.shards, "shard")]
+        if self.kept:
+            shards.append("{:,} of them there already".format(self.kept))
+        if self.replaced:
+            shards.append("{:,} of them there with other bytes and written anew".format(self.replaced))
+        return "{} in {}, each compared with its files byte for byte".format(
+            _counted(self.pictures, "picture"), ", ".join(shards))
+
+
+def _counted(number, what):
+    return "{:,} {}{}".format(number, what, "" if number == 1 else "s")
+
+
+def write_part(folder: str, out: str, classes: List[str]) -> Written:
+    """Writes the pictures of `folder` as shards into `out`, and compares what lies there with it, byte for byte. Raises
+    UserError for a shard of other pictures, RunFailed where one is not read as it was written, and SaveFailed."""
     found = walk(folder, classes, lambda names: _bar(names, "Looking through {}".format(folder)))
     os.makedirs(out, exist_ok=True)
     starts = range(0, len(found.names), PICTURES)
     names = ["shard-{:06d}.tar".format(number) for number in range(len(starts))]
     others = sorted(set(archive_names(out)) - set(names))
     if others:
-        raise UserError("OUT: {} is none of the shards of {}; name another folder, or remove it".format(
-            os.path.join(out, others[0]), folder))
-    kept = 0
+        raise _foreign(os.path.join(out, others[0]), folder)
+    kept = replaced = 0
     with _bar(None, out, total=len(found.names), unit=" pictures") as bar:
         for name, start in zip(names, starts):
             path, pictures = os.path.join(out, name), list(samples(found, start, start + PICTURES))
             for picture in pictures:
                 if split_key(picture.key) != (picture.key, ""):
                     raise UserError("{} cannot go into a shard under this name".format(picture.path))
-            if os.path.exists(path) and is_shard_of(path, pictures):
+            there = compare(path, pictures) if os.path.exists(path) else None
+            if there == OTHER:
+                raise _foreign(path, folder)
+            if there == SAME:
                 kept += 1
             else:
+                replaced += there == CHANGED
                 write_shard(path, pictures)
-                if not is_shard_of(path, pictures):
+                if compare(path, pictures) != SAME:
                     raise RunFailed("{} does not hold what was written to it; the disk or its memory is damaged, or {} "
                                     "has changed meanwhile".format(path, folder))
             bar.update(len(pictures))
-    return len(found.names), len(names), kept
+    return Written(len(found.names), len(names), kept, replaced)
+
+
+def _foreign(path, folder):
+    return UserError("OUT: {} is none of the shards of {} as it is now; name another folder, or remove it".format(
+        path, folder))
 
 
 def _bar(items, text, **options):
     return tqdm(items, desc=text, file=sys.stderr, leave=False, disable=not sys.stderr.isatty(), **options)
 
 
+def _write_classes(path, content):
+    """Leaves a file that is right as it is, with its time, by which the index holds; refuses one of other classes."""
+    if not os.path.isfile(path):
+        write_whole(path, lambda f: f.write(content))
+        return
+    with open(path, "rb") as f:
+        if f.read() != content:
+            raise UserError("OUT: {} names other classes than DIR has; name another folder, or remove it".format(path))
+
+
+def _check_out(data, out, parts):
+    """Raises UserError where shards would come to lie among the pictures, and neither could be read any more."""
+    for part in ("train", "val"):
+        there = os.path.join(out, part)
+        if os.path.isdir(there) and class_names(there):
+            raise UserError("OUT: {} holds class folders; name another folder than that of pictures".format(there))
+    for part in parts:
+        above = os.path.realpath(os.path.join(data, part))
+        if os.path.commonpath([above, os.path.realpath(out)]) == above:
+            raise UserError("OUT: {} lies in {}, among the pictures; name another folder".format(
+                out, os.path.join(data, part)))
+
+
 def main(data: str, out: str):
-    """The command. Raises UserError for a folder that has not ImageNet's layout."""
+    """The command. Raises UserError for a folder that has not ImageNet's layout, and for one that cannot be written
+    to."""
     parts = [part for part in ("train", "val") if os.path.isdir(os.path.join(data, part))]
     if not parts:
         raise UserError("DIR: {} has neither a folder 'train' nor 'val'".format(data))
+    for part in parts:
+        archives = archive_names(os.path.join(data, part))
+        if archives:
+            raise UserError("DIR: {} holds archives already, such as {}".format(os.path.join(data, part), archives[0]))
+    _check_out(data, out, parts)
     classes = class_names(os.path.join(data, parts[0]))
     for part in parts:
         own = class_names(os.path.join(data, part))
@@ -136,12 +199,10 @@ def main(data: str, out: str):
         raise UserError("OUT: {} cannot be made ({})".format(out, error.strerror))
     index = Index(out)
     content = "".join(name + "\n" for name in classes).encode("utf-8", "surrogateescape")
-    write_whole(os.path.join(out, CLASSES), lambda f: f.write(content))
+    _write_classes(os.path.join(out, CLASSES), content)
     for part in parts:
         folder = os.path.join(out, part)
-        pictures, shards, kept = write_part(os.path.join(data, part), folder, classes)
-        say("{}: {:,} pictures in {} shards{}, each compared with its files byte for byte".format(
-            folder, pictures, shards, ", of which {} were there already".format(kept) if kept else ""))
+        say("{}: {}".format(folder, write_part(os.path.join(data, part), folder, classes)))
         archives = archive_names(folder)
         index.of(folder, archives, lambda shown: read_archives(folder, archives, shown))
     index.keep(finished=True)

@@ -269,6 +269,24 @@ def test_the_report_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, caps
     assert re.search(r"\| the same again: 1000 / 2000 \| [0-9.]+ to EvoLeViT_128S,plain, \*\*missed\*\* \|", together)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="this system does not say what its processors do")
+def test_own_programs_are_no_other_work(monkeypatch):
+    before, times = report._others_seconds(), os.times()
+    monkeypatch.setattr(os, "times", lambda: tuple(seconds + 1000 * part for part, seconds in enumerate(times, 1)))
+    assert before - report._others_seconds() == pytest.approx(1000 * (1 + 2 + 3 + 4), abs=500)
+
+
+def test_a_table_beside_other_work_says_so():
+    about = {"machine": "one", "cores": 2, "memory_gib": 4, "threads": 2, "torch": "2", "timm": "1"}
+    for others, said in ((0.1, False), (0.8, True)):
+        row = dict.fromkeys(("milliseconds", "milliseconds_min", "milliseconds_max", "images_per_s", "ratio",
+                             "ratio_min", "ratio_max", "gflops", "of_matmul_rate", "peak_memory_mb"), 1.0)
+        one = {"arguments": ["inference"], "rows": [dict(row, contender="a", batch_size=1, input_size=64)],
+               "seconds": 1.0, "matmul_gflops_per_s": 1.0, "day": "today", "others": others}
+        text = report.written(about, {report.TABLES[0].title: one}, {})
+        assert ("**beside other work (0.8 processors)**" in text) == said
+
+
 def test_the_tables_of_a_report_suit_what_is_there():
     step, = [table for table in report.tables_for(True, ["amp"], True) if table.title == "Training step"]
     assert step.contenders[:2] == ["EvoLeViT_256,published", "EvoLeViT_256,plain"]

@@ -175,7 +175,7 @@ def test_the_tool_goes_on_where_it_was_interrupted_and_repairs(folder, tmp_path,
     monkeypatch.setattr(shards, "write_shard", lambda path, pictures: written.append(path) or write(path, pictures))
     shards.main(folder, out)
     train = os.path.join(out, "train")
-    assert len(written) == len(set(written)) == 7 and "of which 3 were there already" in capsys.readouterr().out
+    assert len(written) == len(set(written)) == 7 and ", 3 of them there already" in capsys.readouterr().out
     contents = {name: open(os.path.join(train, name), "rb").read() for name in os.listdir(train)}
     assert len(contents) == 5
     del written[:]
@@ -184,11 +184,64 @@ def test_the_tool_goes_on_where_it_was_interrupted_and_repairs(folder, tmp_path,
         with open(os.path.join(train, name), "wb") as f:
             f.write(damage(contents[name]))
     shards.main(folder, out)
+    assert "5 shards, 2 of them there already, 3 of them there with other bytes and written" in capsys.readouterr().out
     assert [os.path.basename(path) for path in written] == ["shard-000000.tar", "shard-000001.tar", "shard-000004.tar"]
     assert {name: open(os.path.join(train, name), "rb").read() for name in os.listdir(train)} == contents
     monkeypatch.setattr(shards, "write_shard", lambda path, pictures: write(path, pictures[:-1]))
     with pytest.raises(RunFailed, match="does not hold what was written"):
         shards.main(folder, str(tmp_path / "other"))
+
+
+def test_a_second_call_changes_nothing_and_says_nothing_of_changes(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    for call in range(2):
+        shards.main(folder, str(out))
+    printed = capsys.readouterr().out
+    assert "Note" not in printed and printed.count("in 1 shard, 1 of them there already, each compared") == 2
+    build_dataset(True, "IMNET", str(out), None, index=index.Index(str(out), say=pytest.fail))
+    time.sleep(0.01)  # for a file system of coarse times
+    os.utime(str(out / "classes.txt"))
+    said = []
+    build_dataset(True, "IMNET", str(out), None, index=index.Index(str(out), say=said.append))
+    assert [line.split(",")[0] for line in said] == [
+        "Note: {} has changed".format(out / "classes.txt")] * 2  # once for val and once for train
+
+
+@pytest.mark.parametrize("case, sentence", [
+    ("DIR itself", "OUT: .*/train holds class folders; name another folder"),
+    ("a folder in train", "OUT: .* lies in .*/train, among the pictures"),
+    ("shards of more pictures", "OUT: .*/train/shard-000000.tar is none of the shards of .*/train as it is now"),
+    ("shards of fewer pictures", "OUT: .*/train/shard-000000.tar is none of the shards of .*/train as it is now"),
+    ("shards of other classes", "OUT: .*/classes.txt names other classes than DIR has"),
+    ("shards as DIR", "DIR: .*/train holds archives already, such as shard-000000.tar")])
+def test_the_tool_leaves_alone_what_it_did_not_write(case, sentence, folder, forms, tmp_path):
+    data, out = str(tmp_path / "data"), str(tmp_path / "out")
+    shutil.copytree(folder, data)
+    one = os.path.join(data, "train", "digit0", sorted(os.listdir(os.path.join(data, "train", "digit0")))[0])
+    if case == "DIR itself":
+        out = data
+    elif case == "a folder in train":
+        out = os.path.join(data, "train", "digit9")
+    elif case == "shards as DIR":
+        data = forms["shards"]
+    else:
+        shards.main(data, out)
+        if case == "shards of more pictures":
+            os.remove(one)
+        elif case == "shards of fewer pictures":
+            shutil.copy(one, os.path.join(data, "train", "digit3", "zz.png"))
+        else:
+            for part in ("train", "val"):
+                os.rename(os.path.join(data, part, "digit0"), os.path.join(data, part, "digit00"))
+
+    def state():
+        return {path: (os.stat(path).st_mtime_ns, os.stat(path).st_size) for top in (data, out)
+                for above, _, names in os.walk(top) for path in [os.path.join(above, name) for name in names]}
+
+    before = state()
+    with pytest.raises(UserError, match=sentence) as error:
+        shards.main(data, out)
+    assert "\n" not in str(error.value) and state() == before
 
 
 def test_the_index_lies_beside_the_shards_and_moves_with_them(forms, tmp_path, monkeypatch):
@@ -227,7 +280,7 @@ def dataset_file(root):
 def test_the_command_line_of_the_tool(folder, tmp_path):
     run = [sys.executable, "-m", "runtime.pictures.shards"]
     code, out, err = commands.run(run + [folder, tmp_path / "out"])
-    assert code == 0 and "49 pictures in 1 shards" in out and "Train with --data-path" in out, err
+    assert code == 0 and "49 pictures in 1 shard, each" in out and "Train with --data-path" in out, err
     (tmp_path / "empty").mkdir()
     code, _, err = commands.run(run + [tmp_path / "empty", tmp_path / "out"])
     assert code == 2 and err.count("\n") == 1 and "has neither a folder 'train' nor 'val'" in err
@@ -461,11 +514,11 @@ def shard(tmp_path, files, classes="cat\ndog\n"):
 def test_somebody_elses_shards_keep_their_order_and_names(forms, tmp_path):
     png = dataset_file(forms["folder"])
     root = shard(tmp_path, [("b.cls", b"1\n"), ("b.png", png), ("b.json", b"{}"), ("a.png", png), ("a.cls", b"0"),
-                            ("c.seg.png", png), ("c.cls", b"1")])
+                            ("c.seg.png", png), ("c.cls", b"1"), ("d.seg.png", png), ("d.jpg", png), ("d.cls", b"0")])
     dataset = build_dataset(True, "IMNET", root, None)
-    assert dataset.classes == ["cat", "dog"] and dataset.labels.tolist() == [1, 0, 1]
-    assert [os.path.basename(dataset.names[i]) for i in range(3)] == ["b.png", "a.png", "c.seg.png"]
-    assert dict(dataset.left_out) == {".json": 1}
+    assert dataset.classes == ["cat", "dog"] and dataset.labels.tolist() == [1, 0, 1, 0]
+    assert [os.path.basename(dataset.names[i]) for i in range(4)] == ["b.png", "a.png", "c.seg.png", "d.jpg"]
+    assert dict(dataset.left_out) == {".json": 1, ".png": 1}
 
 
 @pytest.mark.parametrize("files, classes, sentence", [
@@ -473,6 +526,10 @@ def test_somebody_elses_shards_keep_their_order_and_names(forms, tmp_path):
     ([("a.png", None), ("a.cls", b"0"), ("b.cls", b"1")], "cat\ndog\n", "the sample b has no picture"),
     ([("a.png", None), ("a.cls", b"0"), ("b.png", None)], "cat\ndog\n", "the sample b has no .cls file"),
     ([("a.png", None), ("a.jpg", None), ("a.cls", b"0")], "cat\ndog\n", "the sample a has two pictures"),
+    ([("a.x.png", None), ("a.y.png", None), ("a.cls", b"0")], "cat\ndog\n", "two pictures, a.x.png and a.y.png .a sa"),
+    ([("a.png", None), ("a.cls", b"0"), ("b.png", None), ("b.cls", b"1"), ("a.png", None), ("a.cls", b"1")],
+     "cat\ndog\n", "holds a twice; write the archive anew"),
+    ([("a/x.png", None), ("a/y.png", None), ("a/x.png", None)], None, "holds a/x.png twice; write the archive anew"),
     ([("a.png", None), ("a.cls", b"2")], "cat\ndog\n", "is '2', which is no number from 0 to 1"),
     ([("a.png", None), ("a.cls", b"cat")], "cat\ndog\n", "is 'cat', which is no number"),
     ([("a.png", None), ("a.cls", b"0")], "cat\ndog\n", "hold no picture of the class 'dog'"),
@@ -520,6 +577,42 @@ def test_archives_that_are_cut_off_damaged_or_mixed_are_refused(forms, tmp_path)
     os.rmdir(os.path.join(str(tmp_path), "classes", "train", "digit0"))
     with pytest.raises(UserError, match="is a shard with labels and .* is none"):
         build_dataset(True, "IMNET", str(tmp_path / "classes"), None)
+
+
+@pytest.mark.parametrize("kind", ["alone", "beside plain ones", "under a plain one's name"])
+@pytest.mark.parametrize("suffix", [".tar.gz", ".TGZ", ".tar.zst", ".zip"])
+def test_compressed_archives_are_refused(kind, suffix, forms, tmp_path):
+    root = str(tmp_path / "data")
+    shutil.copytree(forms["shards"], root)
+    top, sentence = os.path.join(root, "val"), "shard-000001{} is compressed, and only plain .tar".format(suffix)
+    plain, packed = (os.path.join(top, name) for name in ("shard-000001.tar", "shard-000001" + suffix))
+    magic = {".tar.gz": b"\x1f\x8b", ".TGZ": b"\x1f\x8b", ".tar.zst": b"\x28\xb5\x2f\xfd", ".zip": b"PK\x03\x04"}
+    with open(plain, "wb") as f:
+        f.write(magic[suffix] + b"packed" * 200)
+    if kind == "under a plain one's name":
+        sentence = "shard-000001.tar cannot be read .it is compressed; unpack it to a plain .tar"
+    else:
+        os.rename(plain, packed)
+        if kind == "alone":
+            os.remove(os.path.join(top, "shard-000000.tar"))
+    with pytest.raises(UserError, match=sentence) as error:
+        build_dataset(False, "IMNET", root, None)
+    assert "\n" not in str(error.value)
+
+
+def test_pictures_outside_of_what_is_read_are_told(forms, tmp_path):
+    """Beside class folders and beside archives, in training and in evaluation."""
+    for form, where in (("folder", "the class folders"), ("shards", "the archives")):
+        root = str(tmp_path / form)
+        shutil.copytree(forms[form], root)
+        for name in ("x.png", "y.PNG", "notes.txt", ".z.png"):
+            shutil.copy(dataset_file(forms["folder"]), os.path.join(root, "val", name))
+        small = FAST + ["--batch-size", "8", "--data-path", root, "--output_dir", tmp_path / ("out-" + form)]
+        printed = commands.succeed("--epochs", 1, "--max-steps", 1, small=small)
+        printed += commands.succeed("--eval", "--resume", tmp_path / ("out-" + form) / "checkpoint.pth", "--data-path",
+                                    root, small=FAST[:4])
+        line = "Note: {} holds files that are left out: 2 outside {}\n".format(os.path.join(root, "val"), where)
+        assert printed.count(line) == 2 and printed.count("left out") == 2
 
 
 def test_pictures_lie_beyond_8_gib_in_a_large_archive(forms, tmp_path):

@@ -430,7 +430,7 @@ def test_pictures_are_found_by_suffix_through_links_and_without_shadows(three_di
     assert dataset.classes == ["digit0", "digit1", "digit2"]
     assert np.bincount(dataset.labels).tolist() == [9, 6, 6] and dict(dataset.left_out) == {".txt": 1}
     printed = call(*PLAIN + ["--data-path", root, "--epochs", 1, "--max-steps", 1, "--output_dir", tmp_path / "out"])
-    assert "holds files that are no pictures by their names: 1 of .txt" in printed
+    assert "holds files that are left out: 1 of .txt" in printed
     for index in range(len(dataset)):
         assert dataset[index][0].mode == "RGB"
 
