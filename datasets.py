@@ -19,7 +19,7 @@ from runtime.errors import DamagedImage, UserError
 from runtime.machine.randomness import drawing_from
 from runtime.machine.versions import interpolation
 from runtime.pictures import remote
-from runtime.pictures.archives import archive_names, compressed_names, member, read_archives
+from runtime.pictures.archives import UNFINISHED, archive_names, compressed_names, member, read_archives
 from runtime.pictures.batches import ToBytes
 from runtime.pictures.fast import FastCrop, load_pixels
 from runtime.pictures.folders import class_names, count_outside, walk
@@ -91,6 +91,9 @@ def _find(root, part, index, needed=None):
     if compressed:
         raise UserError("--data-path: {} is compressed, and only plain .tar archives are read; unpack it".format(
             os.path.join(folder, compressed[0])))
+    if os.path.exists(os.path.join(folder, UNFINISHED)):
+        raise UserError("--data-path: the shards in {} are unfinished; run `python -m runtime.pictures.shards` again, "
+                        "which goes on where it was interrupted".format(folder))
     if archives:
         found = index.of(folder, archives, lambda shown: read_archives(folder, archives, shown))
         _need_same(found.classes, needed)

@@ -22,7 +22,7 @@ fail() {
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 nproc=${NPROC:-$nproc}
-nnodes=${nnodes:-1} node_rank=0 master_addr="" master_port=29500
+nnodes=${nnodes:-1} node_rank="" master_addr="" master_port=29500
 network=Evo-LeViT
 model=EvoLeViT_256_384 batch_size=128 input_size=384 device_id=0 data_path="" output_dir=$root/save
 
@@ -51,6 +51,8 @@ while [ $# -gt 0 ]; do
         *) fail "unknown argument $name; $arguments" ;;
     esac
 done
+if [ "$nnodes" = 1 ]; then node_rank=${node_rank:-0}; fi
+[ -n "$node_rank" ] || fail "--node_rank is missing: with --nnodes=$nnodes give each machine its number, from 0 on"
 for name in batch_size input_size epochs nproc device_id nnodes node_rank master_port; do
     case "${!name}" in ''|*[!0-9]*) fail "--$name ${!name} is not a whole number" ;; esac
 done
@@ -58,6 +60,7 @@ done
 [ "$nnodes" -ge 1 ] || fail "--nnodes $nnodes: there is no machine to start on"
 [ "$node_rank" -lt "$nnodes" ] || fail "--node_rank $node_rank: the $nnodes machines are numbered from 0 to $((nnodes - 1))"
 [ "$nnodes" -eq 1 ] || [ -n "$master_addr" ] || fail "--master_addr is missing: with --nnodes=$nnodes give the address of machine 0, and --node_rank on each machine"
+[ "$master_port" -ge 1 ] && [ "$master_port" -le 65535 ] || fail "--master_port $master_port is no port; they go from 1 to 65535"
 [ -n "$data_path" ] || fail "--data_path is missing: give the data set's top folder, --data_path=/data/imagenet"
 case "$data_path" in
     http://* | https://*) ;;

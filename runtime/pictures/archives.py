@@ -13,6 +13,7 @@ from .found import Found, Names, Places, Sign
 from .reading import Member, is_picture_name
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".zip", ".7z", ".rar")
+UNFINISHED = "unfinished"  # a file that lies beside shards while shards.py writes them
 CLASSES = "classes.txt"  # a class's name in each line, beside train/ and val/: what the number in a .cls file means
 _BLOCK = 512  # bytes
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..errors import RunFailed, UserError
 from ..keeping.files import write_whole
 from ..printing import say
-from .archives import CLASSES, archive_names, members, read_archives, split_key
+from .archives import CLASSES, UNFINISHED, archive_names, members, read_archives, split_key
 from .folders import class_names, walk
 from .found import Found
 from .index import Index
@@ -118,6 +118,7 @@ def write_part(folder: str, out: str, classes: List[str]) -> Written:
     if others:
         raise _foreign(os.path.join(out, others[0]), folder)
     kept = replaced = 0
+    mark = os.path.join(out, UNFINISHED)
     with _bar(None, out, total=len(found.names), unit=" pictures") as bar:
         for name, start in zip(names, starts):
             path, pictures = os.path.join(out, name), list(samples(found, start, start + PICTURES))
@@ -131,11 +132,14 @@ def write_part(folder: str, out: str, classes: List[str]) -> Written:
                 kept += 1
             else:
                 replaced += there == CHANGED
+                write_whole(mark, lambda f: None)  # until the last shard is there
                 write_shard(path, pictures)
                 if compare(path, pictures) != SAME:
                     raise RunFailed("{} does not hold what was written to it; the disk or its memory is damaged, or {} "
                                     "has changed meanwhile".format(path, folder))
             bar.update(len(pictures))
+    if os.path.exists(mark):
+        os.remove(mark)
     return Written(len(found.names), len(names), kept, replaced)
 
 

@@ -147,6 +147,11 @@ def test_the_scripts_run_on_the_npu_stand_in(checkout, digit_folder, script, pro
     (["--data_path=.", "stray"], "unknown argument stray"),
     (["--data_path=.", "--epochs=ten"], "--epochs ten is not a whole number"),
     (["--data_path=.", "--nproc=0"], "--nproc 0 starts no process"),
+    (["--data_path=.", "--nnodes=2", "--master_addr=a"], "--node_rank is missing: with --nnodes=2 give each"),
+    (["--data_path=.", "--nnodes=2", "--node_rank=1"], "--master_addr is missing"),
+    (["--data_path=.", "--nnodes=2", "--node_rank=2", "--master_addr=a"], "--node_rank 2: the 2 machines are numbered"),
+    (["--data_path=.", "--master_port=99999"], "--master_port 99999 is no port; they go from 1 to 65535"),
+    (["--data_path=.", "--master_port=0"], "--master_port 0 is no port"),
     (["--data_path=.", "--", "--device", "cuda"], "--device cuda: no such device is available here"),
 ])
 def test_a_mistake_ends_in_one_sentence_and_changes_nothing(checkout, arguments, sentence):

@@ -172,6 +172,9 @@ def test_the_tool_goes_on_where_it_was_interrupted_and_repairs(folder, tmp_path,
     monkeypatch.setattr(shards, "write_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         shards.main(folder, out)
+    shutil.copytree(os.path.join(out, "train"), str(tmp_path / "half" / "val"))
+    with pytest.raises(UserError, match="the shards in .*/half/val are unfinished; run"):
+        build_dataset(False, "IMNET", str(tmp_path / "half"), None)
     monkeypatch.setattr(shards, "write_shard", lambda path, pictures: written.append(path) or write(path, pictures))
     shards.main(folder, out)
     train = os.path.join(out, "train")
