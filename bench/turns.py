@@ -50,8 +50,9 @@ def _take_turn(contender, seconds, device):
     start = time.perf_counter()
     contender.run()  # finds the caches as the contender before it has left them
     synchronize(device)
-    if time.perf_counter() - start >= seconds:  # of so long a run they are a small part
-        return time.perf_counter() - start
+    taken = time.perf_counter() - start
+    if taken >= seconds:  # of so long a run they are a small part
+        return taken
     count, start = 0, time.perf_counter()
     while count == 0 or time.perf_counter() - start < seconds:
         contender.run()

@@ -132,7 +132,8 @@ def write_part(folder: str, out: str, classes: List[str]) -> Written:
                 kept += 1
             else:
                 replaced += there == CHANGED
-                write_whole(mark, lambda f: None)  # until the last shard is there
+                if not os.path.exists(mark):
+                    write_whole(mark, lambda f: None)  # until the last shard is there
                 write_shard(path, pictures)
                 if compare(path, pictures) != SAME:
                     raise RunFailed("{} does not hold what was written to it; the disk or its memory is damaged, or {} "

@@ -11,8 +11,8 @@ import slow_link
 CAN = (os.path.isdir("/proc/self/ns") and hasattr(os, "geteuid") and os.geteuid() == 0
        and shutil.which("ip") is not None and os.access(slow_link.TUN, os.R_OK | os.W_OK))
 
-
 MTU = 9000  # as clusters have it
+DELAY, LOSS = 0.0025, 0.0025  # seconds and share of a frame's way to the bridge, or from it
 
 
 def _ip(*words):
@@ -20,16 +20,11 @@ def _ip(*words):
 
 
 class Hosts:
-    """`count` machines, 10.99.0.1 and so on, while it is entered. What runs on them is ended with them.
+    """`count` machines, 10.99.0.1 and so on, while it is entered. What runs on them is ended with them."""
 
-    delay: seconds that each of a machine's frames is under way to the bridge, or from it; loss: the share of them that
-    never arrives.
-    """
-
-    def __init__(self, count, delay=0.0025, loss=0.0025):
+    def __init__(self, count):
         self.tag = "evo{}".format(os.getpid() % 100000)
         self.count = count
-        self.delay, self.loss = delay, loss
         self.links = None
         self.processes = [[] for _ in range(count)]
 
@@ -42,7 +37,7 @@ class Hosts:
             _ip("link", "set", self.tag + "br", "up")
             ends = [end for host in range(self.count) for end in (self._names(host)[1], self._names(host)[1] + "e")]
             self.links = subprocess.Popen(
-                [sys.executable, slow_link.__file__, str(self.delay), str(self.loss)] + ends, stdout=subprocess.PIPE)
+                [sys.executable, slow_link.__file__, str(DELAY), str(LOSS)] + ends, stdout=subprocess.PIPE)
             assert self.links.stdout.readline() == b"ready\n"
             for host in range(self.count):
                 name, link = self._names(host)
