@@ -27,6 +27,7 @@ from runtime.pictures.found import Names, Places
 from runtime.pictures.gallery import Picture, name_unreadable
 from runtime.pictures.index import Index
 from runtime.pictures.reading import DraftCrop, LastPicture, leave_path, load_picture
+from runtime.pictures.sliding import slide
 
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
@@ -290,6 +291,8 @@ def build_transform(is_train: bool, name: str, input_size: int, augmentation: Au
             transform.transforms[0] = DraftCrop(transform.transforms[0])
         elif a.image_backend == "fast":
             transform.transforms[0] = FastCrop(transform.transforms[0])
+            for part in transform.transforms:
+                slide(part)
         return transform
     if not row.cropped:
         resize = [transforms.Resize((input_size, input_size), bicubic)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp, rand_augment_transform
 
 from datasets import Augmentation, build_dataset, build_transform
 from runtime.errors import DamagedImage
@@ -18,6 +19,7 @@ from runtime.machine.versions import RESIZES_BYTES
 from runtime.pictures import fast
 from runtime.pictures.batches import TrainingView, collate
 from runtime.pictures.reading import load_picture
+from runtime.pictures.sliding import slide, slide_rows
 
 FAST = ["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--model", "EvoLeViT_128S", "--batch-size", "4",
         "--distillation-type", "none", "--no-repeated-aug", "--max-steps", "2", "--epochs", "2"]
@@ -114,6 +116,67 @@ def test_crops_are_pillows_within_the_bound(photos, interpolation):
             assert difference.mean() <= MEAN, (index, seed)
     print("{}: {} at most, {:.4f} on average".format(interpolation, furthest, mean))
     assert furthest <= LARGEST
+
+
+def noise_and_photo(draw, photos, height, width):
+    noise = Image.fromarray(draw.randint(0, 256, (height, width, 3)).astype(np.uint8))
+    photo = Image.open(os.path.join(photos, "train", "class0", "a.jpg")).resize((width, height))
+    flat = Image.new("RGB", (width, height), tuple(draw.randint(0, 256, 3).tolist()))
+    return noise, photo, flat
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (37, 80), (5, 3), (1, 1)])
+def test_slid_pixels_are_pillows_within_one(photos, height, width):
+    draw, fill, off = np.random.RandomState(0), (124, 116, 104), 0
+    shifts = [(0, 0.0), (0, 0.5), (0, -0.5), (0, -3.0), (0, width), (0, -width + 0.25), (0, 9 * width), (1, 0)]
+    shifts += [(a, 0) for a in draw.uniform(-0.5, 0.5, 8)] + [(0, b) for b in draw.uniform(-width, width, 8)]
+    for image in noise_and_photo(draw, photos, height, width):
+        for a, b in shifts:
+            expected = image.transform(image.size, Image.AFFINE, (1, a, b, 0, 1, 0), Image.BICUBIC, fillcolor=fill)
+            found = slide_rows(np.asarray(image), a * (np.arange(height) + 0.5) + b, fill)
+            difference = np.abs(found.astype(int) - np.asarray(expected, dtype=int))
+            assert difference.max() <= 1, (a, b)
+            off += (difference > 0).mean() / len(shifts) / 3
+    print("{:.4%} of the values differ".format(off))
+    assert off < 0.01
+
+
+@needs_bytes
+@pytest.mark.parametrize("resample", [Image.BICUBIC, Image.BILINEAR])
+@pytest.mark.parametrize("name", ["ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel",
+                                  "Rotate", "Posterize"])
+def test_timms_operations_slide_as_pillow_moves_them(photos, name, resample):
+    draw = np.random.RandomState(0)
+    moved = 0
+    for image in noise_and_photo(draw, photos, 48, 72):
+        for magnitude in range(0, 11):
+            results, states = [], []
+            for quick in (False, True):
+                policy = rand_augment_transform("rand-m9-mstd0.5-inc1", {"translate_const": 20,
+                                                                         "img_mean": (124, 116, 104)})
+                policy.ops = [AugmentOp(name, 1.0, magnitude, dict(policy.ops[0].hparams, interpolation=resample,
+                                                                   magnitude_std=0))]
+                if quick:
+                    slide(policy)
+                random.seed(magnitude)
+                results.append(np.asarray(policy.ops[0](image), dtype=int))
+                states.append(random.getstate())
+            assert states[0] == states[1]
+            difference = np.abs(results[0] - results[1])
+            exact = resample != Image.BICUBIC or name in ("Rotate", "Posterize")
+            assert difference.max() <= (0 if exact else 1), magnitude
+            moved += not np.array_equal(results[0], np.asarray(image))
+    assert moved > 15
+
+
+@needs_bytes
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original"])
+def test_every_policy_with_shears_slides(policy):
+    transform = build_transform(True, "IMNET", 96, Augmentation(image_backend="fast", aa=policy))
+    ops = [op for part in transform.transforms for op in getattr(part, "ops", [])]
+    ops += [op for part in transform.transforms for group in getattr(part, "policy", []) for op in group]
+    slid = {op.name for op in ops if type(op.aug_fn).__name__ == "_Slider"}
+    assert slid and slid == {op.name for op in ops if op.name.startswith(("Shear", "Translate"))}
 
 
 @needs_bytes
