@@ -8,9 +8,9 @@
 #   --input-size=N     384                                      --nproc=N          processes; NPROC=N does the same
 #   --nnodes=N         machines, 1, each with --nproc processes --node_rank=N      this machine among them, from 0 on
 #   --master_addr=A    address of machine 0                     --master_port=P    a free port of machine 0, 29500
+#   -- FLAGS           everything after -- goes to main.py as it is
 # With several machines the script is started on each of them, with the same arguments but --node_rank; torchrun starts the
 # processes, where PyTorch has it (1.9 on).
-#   -- FLAGS           everything after -- goes to main.py as it is
 # Values follow = or a space. PYTHON=... names the interpreter, python3 if it is not set.
 set -euo pipefail
 
@@ -30,6 +30,7 @@ arguments="arguments are --data_path, --model, --batch-size, --input-size, --out
 
 while [ $# -gt 0 ]; do
     case "$1" in
+        -h|--help) echo "usage: bash $0 --data_path=DIR [...]"; sed -n '5,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
         --) shift; break ;;
         --*=*) name=${1%%=*} value=${1#*=}; shift ;;
         --*) name=$1; [ $# -ge 2 ] || fail "$1 has no value"; value=$2; shift 2 ;;
@@ -61,6 +62,8 @@ done
 [ "$node_rank" -lt "$nnodes" ] || fail "--node_rank $node_rank: the $nnodes machines are numbered from 0 to $((nnodes - 1))"
 [ "$nnodes" -eq 1 ] || [ -n "$master_addr" ] || fail "--master_addr is missing: with --nnodes=$nnodes give the address of machine 0, and --node_rank on each machine"
 [ "$master_port" -ge 1 ] && [ "$master_port" -le 65535 ] || fail "--master_port $master_port is no port; they go from 1 to 65535"
+[ "$nnodes" -eq 1 ] || "$python" -c 'import socket, sys; socket.getaddrinfo(sys.argv[1], None)' "$master_addr" 2>/dev/null \
+    || fail "--master_addr $master_addr: this machine knows no such address"
 [ -n "$data_path" ] || fail "--data_path is missing: give the data set's top folder, --data_path=/data/imagenet"
 case "$data_path" in
     http://* | https://*) ;;
@@ -118,6 +121,8 @@ command=(main.py --data_path "$data_path" --model "$model" --batch-size "$batch_
          --epochs "$epochs" --output_dir "$output_dir" --device_id "$device_id"
          ${extra[@]+"${extra[@]}"} ${flags[@]+"${flags[@]}"})
 if [ "$nnodes" -gt 1 ] && "$python" -c 'import torch.distributed.run' 2>/dev/null; then
+    echo "Machine $node_rank of $nnodes; they wait for one another at $MASTER_ADDR, port $MASTER_PORT. Where one waits without end, \
+--nnodes, --nproc, the address or the port differ, or two have one --node_rank"
     "$python" -u -m torch.distributed.run --nnodes "$nnodes" --node_rank "$node_rank" --nproc_per_node "$nproc" \
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "${command[@]}" >>"$log" 2>&1 </dev/null &
     pids=($!)
@@ -137,8 +142,16 @@ for ((left = ${#pids[@]}; left > 0; left--)); do
 done
 if [ "$code" -ne 0 ]; then
     stop_all 10
-    echo "error: training ended with exit code $code; the last lines of $log:" >&2
-    tail -n 15 "$log" >&2
+    # torchrun ends with 1 whatever the process ended with, and its own report hides what the process said
+    said=$([ "$nnodes" -eq 1 ] || grep -E '^(process [0-9].*: )?error: ' "$log" | tail -n 1 || true)
+    if [ -n "$said" ]; then
+        process_code=$(sed -n 's/^ *exitcode *: *\([0-9][0-9]*\) .*/\1/p' "$log" | tail -n 1)
+        code=${process_code:-$code}
+        printf 'error: training ended with exit code %s; from %s:\n%s\n' "$code" "$log" "$said" >&2
+    else
+        echo "error: training ended with exit code $code; the last lines of $log:" >&2
+        tail -n 15 "$log" >&2
+    fi
     exit "$code"
 fi
 if [ "$node_rank" -gt 0 ]; then

@@ -96,7 +96,8 @@ class Index:
         return found
 
     def _read(self, path, root, there, own):
-        """The Found in the file `path`, None where there is none that holds. own: say why it does not."""
+        """The Found in the file `path`, None where there is none that holds. own: it was kept by an earlier run; only
+        then, or where it is that of shards, is it said why it does not hold."""
         if not os.path.exists(path):
             return None
         try:
@@ -106,7 +107,7 @@ class Index:
                 path, " ".join(str(error).split())[:80] or type(error).__name__, root))
             return None
         change = _change(found, began, root, there, where)
-        if change is not None and own:
+        if change is not None and (own or found.places):
             self.say("Note: {}, so the index {} does not hold any more; looking through {} again".format(
                 change, path, root))
         return found if change is None else None

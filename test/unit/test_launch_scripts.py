@@ -5,9 +5,11 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import commands
@@ -150,6 +152,8 @@ def test_the_scripts_run_on_the_npu_stand_in(checkout, digit_folder, script, pro
     (["--data_path=.", "--nnodes=2", "--master_addr=a"], "--node_rank is missing: with --nnodes=2 give each"),
     (["--data_path=.", "--nnodes=2", "--node_rank=1"], "--master_addr is missing"),
     (["--data_path=.", "--nnodes=2", "--node_rank=2", "--master_addr=a"], "--node_rank 2: the 2 machines are numbered"),
+    (["--data_path=.", "--nnodes=2", "--node_rank=1", "--master_addr=no-such-host.invalid"],
+     "--master_addr no-such-host.invalid: this machine knows no such address"),
     (["--data_path=.", "--master_port=99999"], "--master_port 99999 is no port; they go from 1 to 65535"),
     (["--data_path=.", "--master_port=0"], "--master_port 0 is no port"),
     (["--data_path=.", "--", "--device", "cuda"], "--device cuda: no such device is available here"),
@@ -165,6 +169,33 @@ def test_a_failed_training_ends_with_its_code_and_the_last_lines_of_the_log(chec
     code, out, err = launch(checkout, "train_full_1P", "--data_path=" + digit_folder, "--batch-size=32", *TINY)
     assert code == 2 and "Final" not in out
     assert "ended with exit code 2" in err and "--teacher-path: there is no file ./regnety_160-a5fe301d.pth" in err
+
+
+@pytest.mark.parametrize("asked", [["--help"], ["-h"], ["--epochs=3", "--help"]])
+def test_help_lists_the_arguments(checkout, asked):
+    code, out, err = launch(checkout, "train_full_16P", *asked)
+    assert (code, err) == (0, "") and out.startswith("usage: bash test/train_full_16P.sh --data_path=DIR")
+    for argument in ("--data_path", "--nnodes", "--node_rank", "--master_addr", "--device_id", "-- FLAGS"):
+        assert argument in out
+    assert "set -" not in out
+
+
+def test_what_ends_a_machines_training_is_said_beside_torchruns_own_report(checkout, digit_folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["--data_path=" + digit_folder, "--nnodes=2", "--nproc=1", "--batch-size=4", "--epochs=1",
+                 "--master_addr=127.0.0.1", "--master_port={}".format(port)] + TINY
+
+    def machine(rank):
+        return launch(checkout, "train_full_16P", "--node_rank={}".format(rank), *(
+            arguments + UNDISTILLED + ["--lr", "1e-{}".format(rank + 3)]))
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(machine, (0, 1)))
+    for rank, (code, out, err) in enumerate(ends):
+        assert code == 2 and "Machine {} of 2; they wait for one another at 127.0.0.1".format(rank) in out
+        assert "ended with exit code 2" in err and "--lr is 0.001 for process 0 and 0.0001 for process 1" in err
+        assert "Traceback" not in err
 
 
 def processes_of(folder):
