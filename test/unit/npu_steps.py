@@ -1,7 +1,7 @@
 """For test_npu.py, with the double on PYTHONPATH: trains a few steps by engine.Learner.update on a device and prints
 JSON.
 
-python npu_steps.py DEVICE AMP_BACKEND OPT_LEVEL LOSS_SCALE [OVERFLOW_STEP]      "-" for a flag that is not given
+python npu_steps.py DEVICE AMP_BACKEND OPT_LEVEL LOSS_SCALE [OVERFLOW_STEP [LR]]      "-" for what is not given
 
 Steps 0 to 2 run layer-wise, 3 and 4 stage-wise; a teacher labels the images. At OVERFLOW_STEP the loss is multiplied by
 1e30, so that gradients in fp16 overflow while the loss does not.
@@ -43,7 +43,7 @@ class Exploding:
         return self.criterion(inputs, outputs, labels, taught) * self.factor
 
 
-def main(device_name, amp_backend, opt_level, loss_scale, overflow_step=None):
+def main(device_name, amp_backend, opt_level, loss_scale, overflow_step="-", lr="1e-4"):
     torch.set_num_threads(1)
     device = select_device(device_name)
     precision = build_precision(device, amp_backend, None if opt_level == "-" else opt_level,
@@ -54,7 +54,7 @@ def main(device_name, amp_backend, opt_level, loss_scale, overflow_step=None):
     fill(teacher, gain=1.0)
     model.to(device).train()
     teacher.to(device).eval().requires_grad_(False)
-    args = get_args_parser().parse_args(["--lr", "1e-4"])
+    args = get_args_parser().parse_args(["--lr", lr])
     optimizer = build_optimizer(args, model, device, precision.backend)
     model_ema = ModelEma(model, 0.9)
     model, optimizer = precision.prepare(model, optimizer, teacher)
