@@ -13,6 +13,7 @@ import torch
 
 FAST = ["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--model", "EvoLeViT_128S",
     "--distillation-type", "none", "--no-repeated-aug", "--lr", "0.01", "--model-ema-decay", "0.9"]
+MANY = [pytest.mark.slow, pytest.mark.once]
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # the same number in every process whose results are compared
 
 
@@ -32,7 +33,8 @@ def damaged_digits(tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes, kills", [
-    (1, 4), pytest.param(2, 25, marks=pytest.mark.slow), pytest.param(1, 25, marks=pytest.mark.slow)])
+    (1, 4), pytest.param(2, 4, marks=pytest.mark.slow),
+    pytest.param(2, 25, marks=MANY), pytest.param(1, 25, marks=MANY)])
 def test_a_run_killed_at_random_instants_ends_bit_for_bit_like_an_uninterrupted_one(
     processes, kills, damaged_digits, tmp_path):
     code, out, err = commands.helper("kill_and_resume", tmp_path, damaged_digits, processes, kills, 5,
@@ -46,6 +48,7 @@ def test_a_run_killed_at_random_instants_ends_bit_for_bit_like_an_uninterrupted_
 
 
 @pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_on_shards_killed_at_random_instants_ends_like_an_uninterrupted_one(processes, damaged_digits, tmp_path):
     shards = tmp_path / "shards"
