@@ -165,10 +165,10 @@ def _is_first():
 
 def _say_error(text, on_every_process=False):
     """Prints `text` on standard error. As a rule all processes of a run meet the same error, and the launcher ends with
-    the first of them, most launchers with all others; so another one speaks only if both are still there three seconds
+    the first of them, most launchers with all others; so another one speaks only if both are still there ten seconds
     later."""
     if not _is_first() and not on_every_process:
-        time.sleep(3)
+        time.sleep(10)
         if os.getppid() != LAUNCHER:
             return
         complain(text)
