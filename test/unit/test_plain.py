@@ -13,6 +13,7 @@ from bench.plain import PlainEvoLeViT, PlainTraining
 from engine import Learner
 from evo_vit import ops
 from evo_vit.compat import TORCH
+from evo_vit.evo_levit import EvoLeViT
 from losses import DistillationLoss
 from runtime.learning.average import ModelEma
 from runtime.learning.clipping import clip_gradients
@@ -179,7 +180,10 @@ def test_a_compiled_model_computes_the_same_in_both_modes():
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile(), reason="this PyTorch does not compile modules")
 def test_frozen_weights_are_built_into_each_compiled_model():
-    models = [build("EvoLeViT_128S", gain=1.0, num_classes=10, img_size=64).float().fuse().eval() for _ in range(2)]
+    models = [EvoLeViT((32, 48, 64), 8, (2, 3, 4), (2, 1, 1), num_classes=10, img_size=64) for _ in range(2)]
+    for model in models:
+        fill(model, gain=1.0)
+        model.fuse().eval()
     models[1].head.weight.data.mul_(3.0)
     compiled = [compile_module(copy.deepcopy(model), "cpu", frozen=True) for model in models]
     for batch in (4, 1, 3):
