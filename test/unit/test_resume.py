@@ -86,6 +86,7 @@ def begin(out, data, *flags):
     return process
 
 
+@pytest.mark.once
 def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on_exactly(forty_digits, tmp_path):
     flags = ["--epochs", 7, "--stage-wise-epoch", 1]
     whole = begin(tmp_path / "whole", forty_digits, *flags)

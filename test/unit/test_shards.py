@@ -117,6 +117,7 @@ def test_a_damaged_picture_is_named_and_replaced_as_in_a_folder(forms, form):
         assert packed.name(number).startswith(os.path.join(forms[form], "train")) and ".tar" in packed.name(number)
 
 
+@pytest.mark.once
 def test_twelve_steps_are_the_same_bit_for_bit_from_every_form(forms, tmp_path):
     """Repeated augmentation, workers and evaluation included."""
     ends = {}
@@ -618,6 +619,7 @@ def test_compressed_archives_are_refused(kind, suffix, forms, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.once
 def test_pictures_outside_of_what_is_read_are_told(forms, tmp_path):
     """Beside class folders and beside archives, in training and in evaluation."""
     for form, where in (("folder", "the class folders"), ("shards", "the archives")):
