@@ -1,3 +1,5 @@
+import signal
+
 import commands
 
 import evo_vit  # noqa: F401  (before timm and torchvision)
@@ -11,6 +13,10 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("recipe", deadline=None, derandomize=True,
                           suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 settings.load_profile("recipe")
+
+# A shell starts its background jobs so that they, and what they start, ignore it; tests stop runs by it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
