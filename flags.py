@@ -240,6 +240,8 @@ def check_machine(args):
         command.need_compiler("--compile")
     if args.tensorboard:
         command.need("--tensorboard", "tensorboard")
+    if args.index_cache and os.path.exists(args.index_cache) and not os.path.isdir(args.index_cache):
+        raise UserError("--index-cache: {} is a file; name a folder".format(args.index_cache))
     if args.export_weights:
         command.need("--export-weights", "safetensors")
         folder = os.path.dirname(os.path.abspath(args.export_weights))

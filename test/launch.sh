@@ -1,4 +1,4 @@
-# What the four launchers share. A launcher sets `kind` (acc or perf), `nproc`, `epochs` and `extra`, then sources this file
+# What the launchers share. A launcher sets `kind` (acc or perf), `nproc`, `nnodes`, `epochs` and `extra`, then sources this file
 # with its own arguments.
 #
 #   --data_path=DIR    folder or http address of the data (required)
@@ -6,7 +6,7 @@
 #   --model=NAME       EvoLeViT_256_384                         --epochs=N         100 (accuracy) or 1 (performance)
 #   --batch-size=N     128, for each process                    --device_id=N      first card, 0
 #   --input-size=N     384                                      --nproc=N          processes; NPROC=N does the same
-#   --nnodes=N         machines, 1, each with --nproc processes --node_rank=N      this machine among them, from 0 on
+#   --nnodes=N         machines, 1 (16P: 2), of --nproc processes --node_rank=N    this machine among them, from 0 on
 #   --master_addr=A    address of machine 0                     --master_port=P    a free port of machine 0, 29500
 #   -- FLAGS           everything after -- goes to main.py as it is
 # With several machines the script is started on each of them, with the same arguments but --node_rank; torchrun starts the
@@ -22,7 +22,7 @@ fail() {
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 nproc=${NPROC:-$nproc}
-nnodes=${nnodes:-1} node_rank="" master_addr="" master_port=29500
+node_rank="" master_addr="" master_port=29500
 network=Evo-LeViT
 model=EvoLeViT_256_384 batch_size=128 input_size=384 device_id=0 data_path="" output_dir=$root/save
 
@@ -52,11 +52,19 @@ while [ $# -gt 0 ]; do
         *) fail "unknown argument $name; $arguments" ;;
     esac
 done
-if [ "$nnodes" = 1 ]; then node_rank=${node_rank:-0}; fi
+whole() {  # whole NAME...: those variables are whole numbers, or it ends here; 08 becomes 8
+    for name; do
+        case "${!name}" in
+            '' | *[!0-9]*) fail "--$name ${!name} is not a whole number" ;;
+            ??????????*) fail "--$name ${!name} is too large a number" ;;
+        esac
+        printf -v "$name" %d "$((10#${!name}))"
+    done
+}
+whole batch_size input_size epochs nproc device_id nnodes master_port
+if [ "$nnodes" -eq 1 ]; then node_rank=${node_rank:-0}; fi
 [ -n "$node_rank" ] || fail "--node_rank is missing: with --nnodes=$nnodes give each machine its number, from 0 on"
-for name in batch_size input_size epochs nproc device_id nnodes node_rank master_port; do
-    case "${!name}" in ''|*[!0-9]*) fail "--$name ${!name} is not a whole number" ;; esac
-done
+whole node_rank
 [ "$nproc" -ge 1 ] || fail "--nproc $nproc starts no process"
 [ "$nnodes" -ge 1 ] || fail "--nnodes $nnodes: there is no machine to start on"
 [ "$node_rank" -lt "$nnodes" ] || fail "--node_rank $node_rank: the $nnodes machines are numbered from 0 to $((nnodes - 1))"
@@ -121,8 +129,8 @@ command=(main.py --data_path "$data_path" --model "$model" --batch-size "$batch_
          --epochs "$epochs" --output_dir "$output_dir" --device_id "$device_id"
          ${extra[@]+"${extra[@]}"} ${flags[@]+"${flags[@]}"})
 if [ "$nnodes" -gt 1 ] && "$python" -c 'import torch.distributed.run' 2>/dev/null; then
-    echo "Machine $node_rank of $nnodes; they wait for one another at $MASTER_ADDR, port $MASTER_PORT. Where one waits without end, \
---nnodes, --nproc, the address or the port differ, or two have one --node_rank"
+    echo "Machine $node_rank of $nnodes; they wait for one another at $MASTER_ADDR, port $MASTER_PORT. Where one waits for long, \
+another has ended with an error, --nnodes, --nproc, the address or the port differ, or two have one --node_rank"
     "$python" -u -m torch.distributed.run --nnodes "$nnodes" --node_rank "$node_rank" --nproc_per_node "$nproc" \
         --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "${command[@]}" >>"$log" 2>&1 </dev/null &
     pids=($!)

@@ -55,6 +55,8 @@ class FastCrop:
         interpolation = crop.interpolation
         if isinstance(interpolation, (tuple, list)):
             interpolation = random.choice(interpolation)
+        if not h or not w:  # of a picture of one or two pixels; black, as timm has it
+            return Image.new("RGB", (crop.size[1], crop.size[0]))
         # made a batch before its channels move to the front, it is channels-last to PyTorch, which copies nothing then
         part = torch.from_numpy(np.ascontiguousarray(pixels[top:top + h, left:left + w]))[None].permute(0, 3, 1, 2)
         resized = versions.resize_bytes(part, crop.size, interpolation.value)[0]

@@ -149,6 +149,8 @@ class DraftCrop:
             interpolation = random.choice(interpolation)
         if not isinstance(interpolation, int):  # torchvision's enumeration; the older one has Pillow's numbers
             interpolation = getattr(Image, interpolation.value.upper())
+        if not h or not w:  # of a picture of one or two pixels; black, as timm has it
+            return Image.new("RGB", (width, height))
         box = (left * across, top * down, (left + w) * across, (top + h) * down)  # parts of pixels count
         return picture.resize((width, height), interpolation, box=box)
 

@@ -18,7 +18,7 @@ from runtime.errors import DamagedImage
 from runtime.machine.versions import RESIZES_BYTES
 from runtime.pictures import fast
 from runtime.pictures.batches import TrainingView, collate
-from runtime.pictures.reading import load_picture
+from runtime.pictures.reading import DraftCrop, load_picture
 from runtime.pictures.sliding import slide, slide_rows
 
 FAST = ["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--model", "EvoLeViT_128S", "--batch-size", "4",
@@ -177,6 +177,28 @@ def test_every_policy_with_shears_slides(policy):
     ops += [op for part in transform.transforms for group in getattr(part, "policy", []) for op in group]
     slid = {op.name for op in ops if type(op.aug_fn).__name__ == "_Slider"}
     assert slid and slid == {op.name for op in ops if op.name.startswith(("Shear", "Translate"))}
+
+
+@needs_bytes
+@pytest.mark.parametrize("width, height", [(1, 1), (2, 1), (1, 2), (2, 2), (3, 200), (333, 1)])
+def test_the_smallest_pictures_are_cropped_as_pillows_are(width, height, tmp_path):
+    path = str(tmp_path / "small.png")
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (height, width, 3)).astype(np.uint8)).save(path)
+    crop = create_transform(input_size=32, is_training=True, auto_augment=None, hflip=0.0, color_jitter=None)
+    crop, empty = crop.transforms[0], 0
+    for seed in range(200):
+        results = []
+        for cropped, picture in ((crop, load_picture(path)), (fast.FastCrop(crop), fast.load_pixels(path)),
+                                 (DraftCrop(crop), path)):
+            random.seed(seed)
+            results.append(np.asarray(cropped(picture), dtype=int))
+        random.seed(seed)
+        pillow, quick, draft = results
+        assert np.abs(quick - pillow).max() <= LARGEST and draft.shape == pillow.shape
+        if 0 in crop.get_params(load_picture(path), crop.scale, crop.ratio)[2:]:  # nothing is left of the picture
+            empty += 1
+            assert np.array_equal(quick, pillow) and np.array_equal(draft, pillow)
+    assert (empty > 0) == (width * height <= 2)
 
 
 @needs_bytes

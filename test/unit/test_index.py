@@ -186,6 +186,10 @@ def test_a_run_keeps_the_index_in_its_output_folder_and_a_refused_one_leaves_no_
     assert {"index-train.npz", "index-val.npz"} <= set(os.listdir(str(out)))
     commands.succeed("--data-path", data, "--output_dir", tmp_path / "x", "--index-cache", tmp_path / "i", small=FAST)
     assert len(os.listdir(str(tmp_path / "i"))) == 2 and not (tmp_path / "x" / "index-train.npz").exists()
+    (tmp_path / "file").write_text("")
+    code, _, err = commands.run([sys.executable, commands.MAIN] + FAST + [
+        "--data-path", data, "--output_dir", tmp_path / "no", "--index-cache", tmp_path / "file"])
+    assert code == 2 and err == "error: --index-cache: {} is a file; name a folder\n".format(tmp_path / "file")
     code, _, err = commands.run([sys.executable, commands.MAIN] + FAST + [
         "--data-path", data, "--output_dir", tmp_path / "no", "--batch-size", 2000])
     assert code == 2 and not (tmp_path / "no").exists(), err

@@ -155,6 +155,10 @@ def test_the_scripts_run_on_the_npu_stand_in(checkout, digit_folder, script, pro
     (["--data_path=.", "--nnodes=2", "--node_rank=1", "--master_addr=no-such-host.invalid"],
      "--master_addr no-such-host.invalid: this machine knows no such address"),
     (["--data_path=.", "--master_port=99999"], "--master_port 99999 is no port; they go from 1 to 65535"),
+    (["--data_path=.", "--nproc=00"], "--nproc 0 starts no process"),
+    (["--data_path=.", "--epochs=0x10"], "--epochs 0x10 is not a whole number"),
+    (["--data_path=.", "--batch-size=99999999999999999999"], "--batch_size 99999999999999999999 is too large a number"),
+    (["--data_path=.", "--nnodes=02", "--node_rank=08", "--master_addr=a"], "--node_rank 8: the 2 machines are"),
     (["--data_path=.", "--master_port=0"], "--master_port 0 is no port"),
     (["--data_path=.", "--", "--device", "cuda"], "--device cuda: no such device is available here"),
 ])
@@ -163,6 +167,14 @@ def test_a_mistake_ends_in_one_sentence_and_changes_nothing(checkout, arguments,
     code, out, err = launch(checkout, "train_full_1P", *arguments)
     assert (code, out) == (2, "") and err.count("\n") == 1 and err.startswith("error: ") and sentence in err
     assert sorted(str(path) for path in checkout.rglob("*") if "__pycache__" not in str(path)) == before
+
+
+def test_numbers_may_begin_with_noughts_and_the_environment_names_no_machines(checkout, digit_folder):
+    code, out, err = launch(checkout, "train_performance_1P", "--data_path=" + digit_folder, "--nproc=08",
+                            "--nnodes=01", *TINY + UNDISTILLED + ["--lr", "none"],
+                            env={"nnodes": "2", "node_rank": "1"})
+    assert code == 2 and out.startswith("Device: cpu x 8, collectives by gloo") and "invalid float value: 'none'" in err
+    assert "Final" not in out
 
 
 def test_a_failed_training_ends_with_its_code_and_the_last_lines_of_the_log(checkout, digit_folder):
