@@ -1,12 +1,10 @@
 """--image-backend fast: JPEGs decoded by simplejpeg, where it is installed, and crops resized as bytes by PyTorch."""
-import random
-
 import numpy as np
 import torch
 from PIL import Image
 
 from ..machine import versions
-from .reading import damage_named, decode_picture, read_bytes
+from .reading import damage_named, decode_picture, draw_crop, read_bytes
 
 try:
     import simplejpeg
@@ -51,11 +49,8 @@ class FastCrop:
     def __call__(self, pixels):
         crop = self.crop
         image = torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W), from which timm takes the size
-        top, left, h, w = crop.get_params(image, crop.scale, crop.ratio)
-        interpolation = crop.interpolation
-        if isinstance(interpolation, (tuple, list)):
-            interpolation = random.choice(interpolation)
-        if not h or not w:  # of a picture of one or two pixels; black, as timm has it
+        (top, left, h, w), interpolation = draw_crop(crop, image)
+        if not h or not w:
             return Image.new("RGB", (crop.size[1], crop.size[0]))
         # made a batch before its channels move to the front, it is channels-last to PyTorch, which copies nothing then
         part = torch.from_numpy(np.ascontiguousarray(pixels[top:top + h, left:left + w]))[None].permute(0, 3, 1, 2)

@@ -122,6 +122,14 @@ class LastPicture:
         return self._picture
 
 
+def draw_crop(crop, picture):
+    """((top, left, height, width), the interpolation) that `crop`, timm's RandomResizedCropAndInterpolation, draws for
+    `picture`. Of one of one or two pixels, nothing may be left; timm makes black of that."""
+    box = crop.get_params(picture, crop.scale, crop.ratio)
+    several = isinstance(crop.interpolation, (tuple, list))
+    return box, random.choice(crop.interpolation) if several else crop.interpolation
+
+
 class DraftCrop:
     """A random resized crop that has only as many of a JPEG's pixels decoded as it needs: its input is a path.
 
@@ -138,18 +146,15 @@ class DraftCrop:
         with damage_named(path):
             picture = _open(path)
             full = picture.size
-            top, left, h, w = crop.get_params(picture, crop.scale, crop.ratio)
+            (top, left, h, w), interpolation = draw_crop(crop, picture)
             reduce = min(h // (2 * height), w // (2 * width))
             if reduce >= 2:
                 picture.draft("RGB", (full[0] // reduce, full[1] // reduce))
             picture = _decode(picture)
         down, across = picture.size[1] / full[1], picture.size[0] / full[0]
-        interpolation = crop.interpolation
-        if isinstance(interpolation, (tuple, list)):
-            interpolation = random.choice(interpolation)
         if not isinstance(interpolation, int):  # torchvision's enumeration; the older one has Pillow's numbers
             interpolation = getattr(Image, interpolation.value.upper())
-        if not h or not w:  # of a picture of one or two pixels; black, as timm has it
+        if not h or not w:
             return Image.new("RGB", (width, height))
         box = (left * across, top * down, (left + w) * across, (top + h) * down)  # parts of pixels count
         return picture.resize((width, height), interpolation, box=box)
