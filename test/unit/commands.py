@@ -84,12 +84,16 @@ def succeed(*flags, **kwargs):
     return out + err
 
 
-def launchers(processes):
-    """{name: command prefix} of every launcher that this PyTorch has."""
+def free_port():
+    """A port of this machine that no process listens on now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    options = ["--nproc_per_node={}".format(processes), "--master_port={}".format(port)]
+        return s.getsockname()[1]
+
+
+def launchers(processes):
+    """{name: command prefix} of every launcher that this PyTorch has."""
+    options = ["--nproc_per_node={}".format(processes), "--master_port={}".format(free_port())]
     found = {"launch": [sys.executable, "-m", "torch.distributed.launch"] + options}
     if importlib.util.find_spec("torch.distributed.run"):
         found["torchrun"] = [sys.executable, "-m", "torch.distributed.run"] + options

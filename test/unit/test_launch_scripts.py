@@ -5,7 +5,6 @@ import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -192,11 +191,8 @@ def test_help_lists_the_arguments(checkout, asked):
 
 
 def test_what_ends_a_machines_training_is_said_beside_torchruns_own_report(checkout, digit_folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     arguments = ["--data_path=" + digit_folder, "--nnodes=2", "--nproc=1", "--batch-size=4", "--epochs=1",
-                 "--master_addr=127.0.0.1", "--master_port={}".format(port)] + TINY
+                 "--master_addr=127.0.0.1", "--master_port={}".format(commands.free_port())] + TINY
 
     def machine(rank):
         return launch(checkout, "train_full_16P", "--node_rank={}".format(rank), *(

@@ -230,10 +230,7 @@ def test_a_report_that_cannot_be_written_is_no_traceback(tmp_path):
 
 @pytest.mark.slow
 def test_a_stuck_process_ends_the_job_within_the_timeout(forty_digits, tmp_path):
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = commands.free_port()
     processes = []
     for rank in range(2):
         env = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",

@@ -246,10 +246,7 @@ def test_what_a_resume_cannot_change_is_refused(flags, sentence, trained, three_
 
 def start_ranks(outs, *flags, **kwargs):
     """Two processes as a launcher starts them, each with an output folder of its own; [(code, out, err)]."""
-    import socket
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = commands.free_port()
     env = kwargs.get("env", lambda rank: dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2,
                                               MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
     base = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
