@@ -18,9 +18,16 @@ while [ $# -gt 0 ]; do
     esac
 done
 if [ "$line" = all ]; then
+    failed=""
+    trap 'exit 130' INT  # pytest takes the signal for itself
     for one in $("${PYTHON:-python3}" evo_vit/lines.py); do
-        bash "$0" --line "$one" $([ "$which" = default ] || echo "--$which") "$@"
+        echo "== line $one"
+        bash "$0" --line "$one" $([ "$which" = default ] || echo "--$which") "$@" || failed+=" $one"
     done
+    if [ -n "$failed" ]; then
+        echo "error: tests failed on the lines$failed" >&2
+        exit 1
+    fi
     exit
 fi
 # The pages are opened in a real browser. Root on Debian gets it installed, others are told.
