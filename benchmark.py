@@ -74,6 +74,8 @@ def get_args_parser():
     add("--photo-size", type=command.positive, nargs=2, default=(500, 375),
         metavar=("WIDTH", "HEIGHT"), help="of the loader's JPEGs, in pixels")
     add("--rounds", type=command.positive, default=7, metavar="N", help="how often every contender has its turn")
+    add("--processes", type=command.positive, default=1, metavar="N", help="inference and train: processes of every "
+        "contender, each with its share of the cores and a batch of its own; they average their gradients")
     add("--seconds", type=float, default=1.0, metavar="S", help="how long a turn lasts at least, in seconds")
     add("--device", default="auto", choices=("auto", "npu", "cuda", "cpu"), help="auto takes the first of npu, cuda "
         "and cpu")
@@ -94,8 +96,8 @@ def get_args_parser():
 
 def compare(args, texts, batch, size, device, folder, rate):
     """The rows of one table, as dicts."""
-    results = turns.race(texts, turns.Place(args.task, batch, size, device.type, folder, args.published), args.rounds,
-                         args.seconds)
+    place = turns.Place(args.task, batch, size, device.type, folder, args.published, args.processes)
+    results = turns.race(texts, place, args.rounds, args.seconds)
     rows = []
     for text, (seconds, images, macs, peak) in zip(texts, results):
         median = statistics.median(seconds)
@@ -182,9 +184,10 @@ def measure(args):
     device = select_device(args.device)
     words = [flag for flag in FLAGS if getattr(args, flag.replace("-", "_"))]
     texts = [",".join([text] + words) for text in args.compare or TASKS[args.task]]
+    for flag in ("keep_ratio", "processes"):
+        if getattr(args, flag) not in (None, 1) and args.task not in ("inference", "train"):
+            raise UserError("--{} is for inference and train".format(flag.replace("_", "-")))
     if args.keep_ratio:
-        if args.task not in ("inference", "train"):
-            raise UserError("--keep-ratio is for inference and train")
         texts = ["{},keep={:g}".format(text, ratio) for text in (texts if args.compare else [TRADE_OFF])
                  for ratio in args.keep_ratio]
     elif args.resume or args.plot:

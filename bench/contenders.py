@@ -24,7 +24,14 @@ from losses import DistillationLoss
 from runtime.command import need_compiler
 from runtime.errors import UserError
 from runtime.learning.average import ModelEma
-from runtime.learning.models import EVO_DEIT, apply_token_schedule, check_model_name, is_evo, is_evo_name
+from runtime.learning.models import (
+    EVO_DEIT,
+    apply_token_schedule,
+    check_model_name,
+    is_evo,
+    is_evo_name,
+    parameters_without_gradient,
+)
 from runtime.learning.optimizer import build_optimizer
 from runtime.learning.quantized import Quantized, quantize
 from runtime.learning.teacher import Teacher, View, fold_batch_norms
@@ -34,6 +41,7 @@ from runtime.machine.cost import count_macs
 from runtime.machine.images import normalize
 from runtime.machine.machine import Machine
 from runtime.machine.precision import build_precision
+from runtime.machine.processes import is_distributed
 from runtime.machine.versions import RESIZES_BYTES, prefers_channels_last
 from runtime.pictures.batches import TrainingView, collate
 from samplers import RASampler
@@ -196,6 +204,8 @@ class Training:
                 teacher.compile_network(device.type)
         kind = "cls" if distil or self.taught is not None else "none"
         self.criterion = DistillationLoss(SoftTargetCrossEntropy(), teacher, kind, 0.5, 1.0, name.startswith(EVO_DEIT))
+        unused = parameters_without_gradient(model, self.criterion, self.images, self.targets) \
+            if is_distributed() and not plain else ()
         args = Namespace(opt="adamw", lr=1e-4, weight_decay=family.get("weight_decay", 0.025), opt_eps=1e-8,
                          opt_betas=None, momentum=0.9)
         self.optimizer = build_optimizer(args, model, device)
@@ -213,6 +223,7 @@ class Training:
             compile_module(model, device.type)
         self.learner = Learner(model, self.criterion, self.optimizer, machine, family.get("clip_grad", 0.01), "agc",
                                average)
+        self.learner.share(unused)
 
     def _teacher(self, network, size, precision, last, name):
         """The folded `network` in the number format `name`, or in the student's."""

@@ -10,6 +10,8 @@ import torch
 from timm.utils.agc import adaptive_clip_grad
 from torch import nn
 
+from runtime.machine.processes import is_distributed
+
 
 class PlainEvoLeViT(nn.Module):
     """The layers of `model`, an EvoLeViT, run in its mode as the paper describes it."""
@@ -115,6 +117,16 @@ class PlainEvoLeViT(nn.Module):
         return m.proj((attention @ v).transpose(1, 2).reshape(B, q.shape[2], -1)), score, pick(index)
 
 
+def parallel(model):
+    """`model` as the published code shares it among processes, looking in every step for parameters without a gradient;
+    itself where there is one process."""
+    if not is_distributed():
+        return model
+    device = next(model.parameters()).device
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=None if device.type == "cpu" else [device.index], find_unused_parameters=True)
+
+
 class PlainTraining:
     """The recipe's update on an EvoLeViT; `step` makes one.
 
@@ -123,6 +135,7 @@ class PlainTraining:
 
     def __init__(self, model, criterion, groups, clip_grad=0.01, decay=0.99996):
         self.model = PlainEvoLeViT(model)
+        self.parallel = parallel(self.model)
         self.criterion = criterion
         self.optimizer = torch.optim.AdamW(groups, **({"foreach": False} if "foreach" in _adamw_options() else {}))
         self.average = copy.deepcopy(model)
@@ -132,7 +145,7 @@ class PlainTraining:
     def step(self, images, labels):
         """The loss, a float."""
         self.optimizer.zero_grad()
-        outputs = self.model(images)
+        outputs = self.parallel(images)
         loss = self.criterion(images, outputs, labels)
         value = loss.item()
         loss.backward()

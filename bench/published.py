@@ -22,6 +22,7 @@ from runtime.machine.cost import count_macs
 from runtime.machine.devices import synchronize
 
 from . import contenders
+from .plain import parallel
 
 _MODULES = {"EvoLeViT": ("levit.evo_levit", "levit.evo_levit_384"), EVO_DEIT: ("deit.evo_deit",)}
 _LOSSES = {"EvoLeViT": "levit.losses_levit", EVO_DEIT: "deit.losses_deit"}
@@ -106,12 +107,13 @@ def _training(place, name, family, images, teacher):
         warnings.simplefilter("ignore")  # without CUDA the scaler does nothing
         scaler = NativeScaler()
     average = ModelEma(model, decay=0.99996, device="", resume="")
+    shared = parallel(model)
     optimizer = create_optimizer(Namespace(opt="adamw", lr=1e-4, momentum=0.9, opt_eps=1e-8, opt_betas=None,
                                            weight_decay=0.025 if levit else 0.05), model)
     targets = torch.rand(place.batch, contenders.CLASSES).softmax(1).to(images.device)
 
     def loss_of():
-        outputs = model(images)
+        outputs = shared(images)
         if levit:
             return criterion(images, outputs, targets)
         return 0.5 * criterion(images, outputs[0], targets) + 0.5 * criterion(images, outputs[1], targets)

@@ -1,6 +1,9 @@
 """Contenders take turns, each in a process of its own: with its own C library settings, caches and peak of memory."""
+import math
 import multiprocessing
+import os
 import signal
+import tempfile
 import time
 from contextlib import contextmanager
 from typing import List, NamedTuple, Optional
@@ -10,6 +13,8 @@ from runtime import command  # noqa: F401  (first: it makes torchvision importab
 # isort: split
 from runtime.errors import RunFailed, UserError
 from runtime.machine.devices import forget_peak_memory, keep_freed_memory, peak_memory_mb, select_device, synchronize
+from runtime.machine.processes import World, barrier, init_processes
+from runtime.machine.threads import share_cores
 
 from . import contenders
 
@@ -24,11 +29,12 @@ class Place(NamedTuple):
     device: str  # npu, cuda or cpu
     photos: Optional[str] = None  # the loader's pictures
     published: Optional[str] = None  # a checkout of the published code
+    processes: int = 1  # of every contender, with their share of the cores each
 
 
 class Result(NamedTuple):
-    """What a contender has shown: seconds per run in each round, its images and multiply-adds per run, and the peak
-    memory of its process in MiB."""
+    """What a contender has shown: seconds per run in each round, its images and multiply-adds per run (those of all its
+    processes), and the peak memory of a process in MiB."""
     seconds: List[float]
     images: int
     macs: Optional[int]
@@ -45,27 +51,23 @@ def build(text, place, device):
     return getattr(contenders, place.task)(text, place.batch, place.size, device)
 
 
-def _take_turn(contender, seconds, device):
-    """Seconds per run, of runs that last for `seconds` at least."""
+def _timed(contender, count, device):
+    """Seconds per run of `count` runs, which all processes of a contender make together."""
+    barrier()
     start = time.perf_counter()
-    contender.run()  # finds the caches as the contender before it has left them
-    synchronize(device)
-    taken = time.perf_counter() - start
-    if taken >= seconds:  # of so long a run they are a small part
-        return taken
-    count, start = 0, time.perf_counter()
-    while count == 0 or time.perf_counter() - start < seconds:
+    for _ in range(count):
         contender.run()
-        count += 1
     synchronize(device)
     return (time.perf_counter() - start) / count
 
 
-def _serve(connection, text, place):
-    """A contender's process: says what it is, then takes a turn for each number of seconds that it receives, and ends
-    with its peak memory when it receives None."""
-    device = select_device(place.device)
+def _serve(connection, text, place, rank, meeting):
+    """A contender's process: says what it is, then runs as often as each number that it receives says, and ends with
+    its peak memory when it receives None. meeting: a file by which several find each other."""
     try:
+        device = select_device(place.device, rank, place.processes)
+        share_cores(place.processes)
+        init_processes(World(rank, place.processes, rank, place.processes), device, "file://" + meeting)
         contender = build(text, place, device)
     except UserError as error:
         connection.send(error)
@@ -77,41 +79,34 @@ def _serve(connection, text, place):
     forget_peak_memory(device)  # that of building it
     connection.send((contender.images, contender.macs))
     try:
-        for seconds in iter(connection.recv, None):
-            connection.send(_take_turn(contender, seconds, device))
+        for count in iter(connection.recv, None):
+            connection.send(_timed(contender, count, device))
     except EOFError:  # the first process is gone
         return
     connection.send(peak_memory_mb(device))
 
 
-class _Worker:
-    """The first process's end of a contender's."""
+class _Process:
+    """The first process's end of one of a contender's."""
 
-    def __init__(self, text, place):
+    def __init__(self, text, place, rank, meeting):
         self.text = text
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads that it does not have
         self.connection, theirs = context.Pipe()
         # no daemon, which may have no children: a compiler starts some
-        self.process = context.Process(target=_serve, args=(theirs, text, place))
+        self.process = context.Process(target=_serve, args=(theirs, text, place, rank, meeting))
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the first process alone
         try:
             self.process.start()
         finally:
             signal.signal(signal.SIGINT, handler)
         theirs.close()
-        self.images = self.macs = None
 
-    def wait(self):
-        """Until it is built, and has run."""
-        self.images, self.macs = self._receive()
-
-    def ask(self, seconds):
-        """What it answers to `seconds`."""
+    def send(self, value):
         with self._ended_is_said():
-            self.connection.send(seconds)
-        return self._receive()
+            self.connection.send(value)
 
-    def _receive(self):
+    def receive(self):
         with self._ended_is_said():
             answer = self.connection.recv()
         if isinstance(answer, UserError):
@@ -133,6 +128,39 @@ class _Worker:
         self.process.join()
 
 
+class _Worker:
+    """A contender's processes, mostly one."""
+
+    def __init__(self, text, place, meeting):
+        self.processes = [_Process(text, place, rank, meeting) for rank in range(place.processes)]
+        self.images = self.macs = None
+
+    def wait(self):
+        """Until it is built, and has run."""
+        answers = [process.receive() for process in self.processes]
+        self.images = sum(images for images, _ in answers)
+        self.macs = sum(macs for _, macs in answers) if answers[0][1] else None
+
+    def _ask(self, value):
+        """The largest of what its processes answer to `value`."""
+        for process in self.processes:
+            process.send(value)
+        return max(process.receive() for process in self.processes)
+
+    def take_turn(self, seconds):
+        """Seconds per run, of runs that last for `seconds` at least."""
+        taken = self._ask(1)  # finds the caches as the contender before it has left them
+        # of so long a run they are a small part
+        return taken if taken >= seconds else self._ask(math.ceil(seconds / taken))
+
+    def peak(self):
+        return self._ask(None)
+
+    def stop(self):
+        for process in self.processes:
+            process.stop()
+
+
 def race(texts: List[str], place: Place, rounds: int, seconds: float) -> List[Result]:
     """Every contender of `texts` in turn in every one of `rounds`, for `seconds` at least.
 
@@ -140,14 +168,15 @@ def race(texts: List[str], place: Place, rounds: int, seconds: float) -> List[Re
     built, and RunFailed for one whose process ends.
     """
     workers = []
-    try:
-        for text in texts:
-            workers.append(_Worker(text, place))
-            workers[-1].wait()
-        times = [[worker.ask(seconds) for worker in workers] for _ in range(rounds)]
-        peaks = [worker.ask(None) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.stop()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for number, text in enumerate(texts):
+                workers.append(_Worker(text, place, os.path.join(folder, str(number))))
+                workers[-1].wait()
+            times = [[worker.take_turn(seconds) for worker in workers] for _ in range(rounds)]
+            peaks = [worker.peak() for worker in workers]
+        finally:
+            for worker in workers:
+                worker.stop()
     return [Result(list(own), worker.images, worker.macs, peak)
             for own, worker, peak in zip(zip(*times), workers, peaks)]

@@ -121,11 +121,11 @@ def test_what_the_published_code_cannot_run_is_said(flags, sentence, published, 
     assert end.value.code == 2 and err.count("\n") == 1 and sentence in err, err
 
 
-def end_at_once(connection, text, place):
+def end_at_once(*_):
     os._exit(3)
 
 
-def end_between_turns(connection, text, place):
+def end_between_turns(connection, *_):
     connection.send((1, 1))
     connection.close()
     os.kill(os.getpid(), signal.SIGKILL)
@@ -157,6 +157,18 @@ def test_training_step_memory_and_breakdown(tmp_path):
     assert set(shares) == {"data (one core)", "transfer, normalisation", "teacher forward", "student forward", "loss",
                            "backward", "clipping", "optimiser", "average"}
     assert sum(shares.values()) == pytest.approx(1) and all(share > 0 for share in shares.values())
+
+
+@pytest.mark.slow
+def test_every_contender_may_have_two_processes(tmp_path, published):
+    """Each with a batch of its own; a process that waits for another in vain would never end."""
+    train = ["train", "--published", published, "--compare", "EvoLeViT_128S,published,teacher=none",
+             "EvoLeViT_128S,plain,teacher=none", "EvoLeViT_128S,stored"]
+    one, _ = measure(tmp_path, *train)
+    two, out = measure(tmp_path, *train, "--processes", 2)
+    for alone, shared in zip(one["rows"], two["rows"]):
+        assert shared["gflops"] == 2 * alone["gflops"]
+        assert shared["images_per_s"] == pytest.approx(4e3 / shared["milliseconds"])
 
 
 @pytest.mark.skipif(operators.TorchDispatchMode is None, reason="this PyTorch's operators cannot be watched")
@@ -207,6 +219,7 @@ def test_one_set_of_weights_at_many_speeds(tmp_path, student):
     (["inference", "--compare", "EvoLeViT_128S", "--input-size", "100"], "multiples of 16"),
     (["loader", "--compare", "mine"], "a loader is plain or recipe"),
     (["loader", "--keep-ratio", "0.5"], "--keep-ratio is for inference and train"),
+    (["loader", "--processes", "2"], "--processes is for inference and train"),
     (["inference", "--plot", "x.html"], "need --keep-ratio"),
     (["inference", "--keep-ratio", "1.5"], "keep=SHARE is above 0 and at most 1"),
     (["inference", "--compare", "regnety_002,keep=0.5"], "only Evo-LeViT and Evo-DeiT"),
