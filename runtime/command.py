@@ -12,6 +12,19 @@ for _stream in (sys.stdout, sys.stderr):
     if hasattr(_stream, "reconfigure"):
         _stream.reconfigure(errors="backslashreplace")  # file and class names need not be UTF-8
 
+
+
+def _say_interrupted(kind, error, traceback):
+    """Ends a command that Ctrl-C has reached outside of `run`, mostly in its imports, as `run` does."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, traceback)
+        return
+    print("Interrupted", file=sys.stderr, flush=True)
+    os._exit(130)  # Python itself would end with another code
+
+
+sys.excepthook = _say_interrupted
+
 try:
     import evo_vit  # noqa: F401  (registers the models; before anything that imports torchvision)
 except ImportError as error:  # packages that do not fit together

@@ -35,6 +35,15 @@ def test_a_mistake_exits_with_2_and_one_line_as_a_command_too(tmp_path):
 
 
 @pytest.mark.once
+@pytest.mark.parametrize("script", ["main", "predict", "benchmark"])
+def test_ctrl_c_while_packages_are_still_imported_leaves_no_traceback(script, tmp_path):
+    (tmp_path / "numpy.py").write_text("raise KeyboardInterrupt")  # what Ctrl-C does there, at a time of our choice
+    code, out, err = commands.run([sys.executable, os.path.join(commands.ROOT, script + ".py"), "--help"],
+                                  env={"PYTHONPATH": str(tmp_path)})
+    assert (code, out, err) == (130, "", "Interrupted\n")
+
+
+@pytest.mark.once
 def test_only_one_of_several_processes_prints_the_sentence(tmp_path):
     for name, launch in commands.launchers(2).items():
         code, out, err = commands.run(launch + [commands.MAIN, "--device", "cpu", "--data-path", str(tmp_path / "no")])
