@@ -68,6 +68,9 @@ def describe_training(args, machine, images, updates):
         say("Warning: the published accuracy of {} was reached with a global batch of {} and {} epochs, this run has "
             "{} and {}; --accum-steps makes up for missing devices".format(args.model, published, PUBLISHED_EPOCHS,
              batch, args.epochs))
+    if is_evo_name(args.model) and args.stage_wise_epoch >= args.epochs:
+        say("Note: --stage-wise-epoch {} is not before the end, so tokens are selected in every block (layer-wise) in "
+            "all {} epochs".format(args.stage_wise_epoch, args.epochs))
     if args.warmup_epochs >= args.epochs and args.sched != "plateau":
         say("Note: --warmup-epochs {} is not shorter than --epochs {}, so all of the run is warm-up: its rate starts "
             "at {:.4g} and never reaches the one above; --warmup-epochs 0 trains without".format(args.warmup_epochs,

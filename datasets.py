@@ -214,6 +214,13 @@ TABLE = {
 DATA_SETS = tuple(TABLE)
 
 
+def need_read(name: str, root: str):
+    """Raises UserError where the data set `name` does not read the folder `root`, which the user names."""
+    if not TABLE[name].needs_root:
+        raise UserError("--data-path {} is not read: the data set here is {}, which comes without a folder; name the "
+                        "folder's kind too, as --data-set IMNET, or leave --data-path out".format(root, name))
+
+
 def build_dataset(is_train: bool, name: str, root: Optional[str], transform, inat_category: str = "name",
                   jpeg_draft: bool = False, index: Optional[Index] = None,
                   image_backend: str = "pillow") -> Dataset:

@@ -135,8 +135,9 @@ def train_one_epoch(learner: Learner, feed: Feed, epoch: int, control: Control, 
     entered Profile, or None.
     Returns train_loss and train_lr, the number of updates, images/s over all processes and the share of the time that
     was spent waiting for data (both after the first WARMUP_UPDATES where there are more), own_seconds, what an update
-    takes this process without waiting for the others (data and forward passes, by the median), and the loss scale where
-    there is one. Raises NonFiniteLoss, with a `report` of the update and its files, and TooManyDamagedImages.
+    takes this process without waiting for the others (data and forward passes, by the median), the loss scale where
+    there is one, and done, where the epoch stands for this process. Raises NonFiniteLoss, with a `report` of the update
+    and its files, and TooManyDamagedImages.
     """
     machine = learner.machine
     learner.parallel.train()
@@ -179,7 +180,7 @@ def train_one_epoch(learner: Learner, feed: Feed, epoch: int, control: Control, 
     loss_sum, counted = machine.sum(done.loss_sum, done.counted)
     stats = {"train_loss": loss_sum / max(counted, 1), "train_lr": learner.lr, "updates": done.updates,
              "train_images_per_s": progress.images_per_second, "waiting_for_data": progress.waiting_share,
-             "own_seconds": own}
+             "own_seconds": own, "done": done}
     if machine.precision.loss_scale is not None:
         stats["loss_scale"] = machine.precision.loss_scale
     return stats
@@ -203,19 +204,21 @@ def label_epoch(criterion: DistillationLoss, feed: Feed, epoch: int, machine: Ma
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, loader: DataLoader, machine: Machine, shared: bool = False,
-             named: bool = True) -> Dict:
+             named: bool = True, before_batch: Callable = lambda number: None) -> Dict:
     """Top-1 and top-5 accuracy in percent, mean cross-entropy, images/s, the number of images, and those of damaged
     ones.
 
     loader: batches of pictures.batches.collate. A damaged image, which has the label -1, counts as wrong and is named;
     the mean cross-entropy is that of the others. shared: each process's `loader` has its own share of the images; the
     counts are summed over all. named: name damaged images; not where the same loader has just been evaluated.
+    before_batch: called with the number of every batch, from 0 on.
     Raises RunFailed where all images are damaged.
     """
     model.eval()
     show, sums, images, damaged = machine.world.is_main, [0.0] * 4, 0, 0
     progress = Progress(loaded(loader), len(loader), "Test:", show)
-    for pixels, labels, _, batch_damaged in progress:
+    for number, (pixels, labels, _, batch_damaged) in enumerate(progress):
+        before_batch(number)
         for _, path, label, reason in batch_damaged:
             if named and (show or shared):
                 complain("Damaged image, counted as wrong: {} (class {}; {})".format(path, label, reason))

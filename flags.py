@@ -120,7 +120,7 @@ def get_args_parser():
         help="probability of CutMix where both are on, 0 to 1")
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="mix per batch, pair or image")
     add("--jpeg-draft", action="store_true", help="decode JPEGs at a half, a quarter or an eighth of their size where "
-        "a crop is at least twice as much larger than the image")
+        "a crop's sides are at least 4, 8 or 16 times the image's")
     add("--image-backend", default="pillow", choices=("pillow", "fast"), help="what decodes and resizes training "
         "pictures: Pillow, as published, or simplejpeg and PyTorch, whose pixels are within 2 of 255 of Pillow's")
 
@@ -262,6 +262,8 @@ def check_recipe(args):
         raise UserError("--lr-noise takes one share of the epochs or two, the smaller one first")
     if args.opt_betas and "adam" in args.opt and len(args.opt_betas) != 2:
         raise UserError("--opt-betas: {} takes two decay rates and {} are given".format(args.opt, len(args.opt_betas)))
+    if args.eval_ema:
+        raise UserError("--eval-ema says which weights --eval takes; add --eval")
     if args.resume not in ("", "auto") and args.finetune:
         raise UserError("--resume goes on with a run and --finetune starts another; use one of them")
     if args.jpeg_draft and not TABLE[args.data_set].files:

@@ -4,6 +4,7 @@ import os
 import time
 from contextlib import ExitStack
 from datetime import timedelta
+from functools import partial
 
 from runtime import command  # first: it makes torchvision importable on a CPU-only PyTorch
 
@@ -14,13 +15,13 @@ from timm.scheduler import create_scheduler
 
 import losses
 from announce import describe, describe_epoch, describe_training, measure_rate, name_slow
-from datasets import crop_pct
+from datasets import crop_pct, need_read
 from engine import Learner, evaluate, label_epoch, train_one_epoch
 from fix_timm.mixup import Mixup
 from flags import check_machine, check_recipe, family_defaults, global_batch, mixes, parse_args, scaled_lr
 from loaders import build_train_loader, build_val_loader, open_index
 from runtime.errors import NonFiniteLoss, RunFailed, Stopped, UserError
-from runtime.keeping.checkpoint import BEST, export_weights, load_checkpoint, load_newest
+from runtime.keeping.checkpoint import BEST, export_weights, file_hash, load_checkpoint, load_newest, local_file
 from runtime.keeping.control import Control, Signals
 from runtime.keeping.exported import Program, how_to_run
 from runtime.keeping.output import explained, opened, summarize, write_summary
@@ -28,7 +29,7 @@ from runtime.keeping.restore import open_trained, restore
 from runtime.keeping.settings import combine, micro_batches, need_same_classes, need_same_everywhere, places_in
 from runtime.keeping.sharing import same_for_all
 from runtime.keeping.state import TrainingState
-from runtime.keeping.teacher_labels import LabelWriter, TeacherLabels, label_settings
+from runtime.keeping.teacher_labels import WEIGHTS, LabelWriter, TeacherLabels, label_settings
 from runtime.learning.average import ModelEma
 from runtime.learning.finetuning import start_from
 from runtime.learning.models import (
@@ -213,7 +214,12 @@ def train(args, given, checkpoint, machine, agreement, index):
             name_slow(log.pop("own_seconds"), agreement, say)
             log.update(train_seconds=time.time() - epoch_start, mfu=2 * macs * log["train_images_per_s"] / matmul_rate,
                        epoch=epoch, mode=state.mode, keep_ratios=keep_ratios(learner.model))
-            log.update(validate(learner, val_loader, shared))
+            done = log.pop("done")
+            try:
+                log.update(validate(learner, val_loader, shared, control))
+            except Stopped:
+                saved(done)
+                raise
             log.update(seconds=time.time() - epoch_start, peak_memory_mb=devices.peak_memory_mb(machine.device),
                        n_parameters=sum(p.numel() for p in model.parameters()), damaged_images=control.damaged)
             best = state.finish_epoch(log)
@@ -231,13 +237,15 @@ def train(args, given, checkpoint, machine, agreement, index):
     return learner.model
 
 
-def validate(learner, loader, shared):
+def validate(learner, loader, shared, control):
     """Figures of an evaluation, for the log: test_* of the weights, and of their average test_ema_acc1 and
-    test_ema_loss."""
+    test_ema_loss. Raises Stopped, on every process, where a signal asks for it."""
     learner.share_statistics()
-    log = {"test_" + name: value for name, value in evaluate(learner.model, loader, learner.machine, shared).items()}
+    watched = partial(evaluate, loader=loader, machine=learner.machine, shared=shared,
+                      before_batch=control.watch_evaluation(len(loader)))
+    log = {"test_" + name: value for name, value in watched(learner.model).items()}
     if learner.averaged is not None:
-        figures = evaluate(learner.averaged, loader, learner.machine, shared, named=False)
+        figures = watched(learner.averaged, named=False)
         log.update(test_ema_acc1=figures["acc1"], test_ema_loss=figures["loss"])
     return log
 
@@ -270,6 +278,7 @@ def write_labels(args, machine, agreement, index):
     index.keep()
     feed = Feed(loader, sampler, mixup)
     settings = label_settings(args, sampler.replicas, len(data), len(data.classes))
+    settings[WEIGHTS] = file_hash(local_file(args.teacher_path, "--teacher-path"))
     writer = LabelWriter(args.write_teacher_labels, settings, machine.world.is_main)
     own = [sampler.first_replica + step for step in range(feed.accum_steps)]
     machine.say("Teacher: {}, labels of {:,} images x {} epochs".format(
@@ -341,6 +350,9 @@ def open_checkpoint(args, say):
             raise UserError("--eval: there is no {}; train first, or name a checkpoint with --resume FILE".format(best))
         return load_checkpoint(best, "--resume")
     if args.eval:
+        if args.resume == "auto":
+            raise UserError("--resume auto is for training; --eval takes {} where --resume names no file".format(
+                os.path.join(args.output_dir, BEST)))
         return open_trained(args.resume, "--resume")
     if args.resume == "auto":
         checkpoint = load_newest(args.output_dir, say)
@@ -373,6 +385,8 @@ def run(args, given):
     args = argparse.Namespace(**dict(
         vars(args), input_size=args.input_size or default_input_size(args.model),
         micro_batches=micro_batches(args, given, checkpoint, world.size, say)))
+    if "data_path" in given:
+        need_read(args.data_set, args.data_path)
     seed_everything(args.seed + world.rank)
     index = open_index(args, machine, agreement)
     if args.eval:

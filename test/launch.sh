@@ -73,6 +73,9 @@ whole node_rank
 [ "$nnodes" -eq 1 ] || "$python" -c 'import socket, sys; socket.getaddrinfo(sys.argv[1], None)' "$master_addr" 2>/dev/null \
     || fail "--master_addr $master_addr: this machine knows no such address"
 [ -n "$data_path" ] || fail "--data_path is missing: give the data set's top folder, --data_path=/data/imagenet"
+# a shell leaves the ~ of --name=~/path as it is
+case "$data_path" in "~/"*) data_path=$HOME/${data_path#"~/"} ;; esac
+case "$output_dir" in "~/"*) output_dir=$HOME/${output_dir#"~/"} ;; esac
 case "$data_path" in
     http://* | https://*) ;;
     *) [ -d "$data_path" ] || fail "--data_path: there is no folder $data_path"
@@ -121,7 +124,7 @@ stop_all() {  # stop_all SECONDS: asks every process to save and stop, and ends 
     done
     kill -9 "${pids[@]}" 2>/dev/null || true
 }
-trap 'echo "Stopping after this update, for at most a minute" >&2; stop_all 60; tail -n 1 "$log" >&2
+trap 'echo "Stopping after this batch, for at most a minute" >&2; stop_all 60; tail -n 1 "$log" >&2
       echo "error: stopped by a signal; the log is $log" >&2; exit 130' INT TERM
 
 start=$SECONDS
@@ -137,7 +140,8 @@ another has ended with an error, --nnodes, --nproc, the address or the port diff
 else
     size=$((nnodes * nproc))
     for ((rank = 0; rank < nproc; rank++)); do
-        env $([ "$size" -eq 1 ] || echo "RANK=$((node_rank * nproc + rank)) LOCAL_RANK=$rank WORLD_SIZE=$size LOCAL_WORLD_SIZE=$nproc") \
+        # also for a single one: another launcher's variables may be left over
+        RANK=$((node_rank * nproc + rank)) LOCAL_RANK=$rank WORLD_SIZE=$size LOCAL_WORLD_SIZE=$nproc \
             "$python" -u "${command[@]}" >>"$log" 2>&1 </dev/null &
         pids+=($!)
     done
@@ -164,6 +168,10 @@ if [ "$code" -ne 0 ]; then
 fi
 if [ "$node_rank" -gt 0 ]; then
     echo "Done; machine 0 prints the figures"
+    exit 0
+fi
+if [ ! -e "$output_dir/summary.json" ]; then
+    echo "Stopped before its end, as a signal asked; its state lies in $output_dir: start again with -- --resume auto"
     exit 0
 fi
 "$python" test/report.py "$output_dir/summary.json" "$log_dir" "$network" "$kind" "$((SECONDS - start))"

@@ -13,6 +13,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..errors import SaveFailed, UserError
 from ..learning.models import LAYER_WISE, NO_SELECTION, PLAIN, STAGE_WISE, scheduled_mode
+from ..machine.processes import environment_rank
 from .files import write_whole
 from .unpickling import Unknown, load_safetensors, load_tensors
 
@@ -25,6 +26,7 @@ _HASH_SUFFIX = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
 _SAVED_TYPES = {"model": str, "input_size": int, "data_set": str, "data_path": str, "inat_category": str,
                 "prune_warmup_epoch": int, "stage_wise_epoch": int, "global_batch": int, "processes": int, "opt": str,
                 "keep_ratio": (int, float)}
+_DEITS_DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19")  # what those of DeiT's kind can say
 
 
 class Checkpoint(NamedTuple):
@@ -79,6 +81,8 @@ class Checkpoint(NamedTuple):
         if not self.recipe():  # others keep other kinds of values under these names
             saved = {name: value for name, value in ((name, _plain(value)) for name, value in saved.items())
                      if isinstance(value, _SAVED_TYPES.get(name, int))}
+            if saved.get("data_set", "IMNET") not in _DEITS_DATA_SETS:
+                del saved["data_set"]
         for name, value in saved.items():
             if not isinstance(value, _SAVED_TYPES.get(name, int)):
                 kind = _SAVED_TYPES.get(name, int)
@@ -208,18 +212,24 @@ def export_weights(model: torch.nn.Module, path: str, metadata: dict):
 
 # ----------------------------------------------------------------------------------------------------------- reading
 
+def file_hash(path: str) -> str:
+    """The SHA-256 of the file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        for block in iter(lambda: f.read(2 ** 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def check_hash(path: str):
     """Compares a file named NAME-HASH.EXT with the start of its SHA-256; raises UserError where they differ."""
     match = _HASH_SUFFIX.search(os.path.basename(path))
     if not match:
         return
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        for block in iter(lambda: f.read(2 ** 20), b""):
-            digest.update(block)
-    if not digest.hexdigest().startswith(match.group(1)):
+    digest = file_hash(path)
+    if not digest.startswith(match.group(1)):
         raise UserError("{} is damaged or another file: its SHA-256 starts with {}, its name says {}; fetch it again"
-                        .format(path, digest.hexdigest()[:len(match.group(1))], match.group(1)))
+                        .format(path, digest[:len(match.group(1))], match.group(1)))
 
 
 # --- torch 1.5 has no torch.hub.get_dir().
@@ -232,10 +242,19 @@ def hub_dir() -> str:
 
 
 def fetch(url: str, flag: str) -> str:
-    """The path of the file at `url` in PyTorch's cache, downloaded if it is not there yet. Raises UserError."""
-    folder = os.path.join(hub_dir(), "checkpoints")
-    path = os.path.join(folder, os.path.basename(url.split("?")[0]) or "weights")
-    if not os.path.isfile(path):
+    """The path of the file at `url` in PyTorch's cache, downloaded if it is not there yet. Raises UserError.
+
+    PyTorch keeps files by the last part of their address alone. Here this holds for a name with a hash in it, which is
+    checked; another one gets the address's own hash in front, and a file that was kept before is told."""
+    folder, name = os.path.join(hub_dir(), "checkpoints"), os.path.basename(url.split("?")[0]) or "weights"
+    checked = _HASH_SUFFIX.search(name)
+    if not checked:
+        name = "{}-{}".format(hashlib.sha256(url.encode()).hexdigest()[:12], name)
+    path = os.path.join(folder, name)
+    if os.path.isfile(path):
+        if not checked and environment_rank() == 0:
+            print("{}: {} was fetched before; delete {} to fetch it again".format(flag, url, path), flush=True)
+    else:
         try:
             os.makedirs(folder, exist_ok=True)
             torch.hub.download_url_to_file(url, path, progress=False)

@@ -3,9 +3,9 @@ import math
 import os
 import signal
 import time
-from typing import Optional
+from typing import Callable, Optional
 
-from ..errors import NonFiniteLoss, TooManyDamagedImages
+from ..errors import NonFiniteLoss, Stopped, TooManyDamagedImages
 from ..machine.agreement import Agreement
 from ..machine.processes import complain
 
@@ -35,7 +35,7 @@ class Signals:
     def _on_stop(self, number, frame):
         if not self.stop:
             self.stop, self._since = True, time.monotonic()
-            os.write(2, b"Stopping: the state is saved after this update; the same signal again, in a few seconds, "
+            os.write(2, b"Stopping: the state is saved after this batch; the same signal again, in a few seconds, "
                      b"stops at once\n")
         elif time.monotonic() - self._since > self.PASSED_ON_WITHIN:
             os._exit(128 + number)
@@ -90,6 +90,16 @@ class Control:
         """Takes what state_dict() gave."""
         self._known = {int(index) for index in state["damaged"]}
         self.nonfinite_in_a_row = int(state["nonfinite_in_a_row"])
+
+    def watch_evaluation(self, batches: int) -> Callable:
+        """What is to be called with the number of every batch of an evaluation, of which this process has so many
+        `batches`: it raises Stopped, on every process, where a signal asks one of them to stop."""
+        common = int(min(self._agreement.gather(batches)))
+
+        def before_batch(number):
+            if number < common and self._agreement.total(int(self._signals.stop))[0]:
+                raise Stopped
+        return before_batch
 
     def before_update(self, loss: float, damaged=()) -> bool:
         """Whether the update is to be made. damaged: (index, path, class, reason) of the files met since the last one.

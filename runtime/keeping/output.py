@@ -1,6 +1,7 @@
 """The output folder of a run: checkpoint.pth, best_checkpoint.pth, log.txt, args.json and summary.json."""
 import fcntl
 import os
+import re
 import shutil
 import statistics
 import time
@@ -18,7 +19,9 @@ from .scalars import Scalars
 if TYPE_CHECKING:
     from .state import TrainingState
 
-FILES = (NEWEST, OLDER, BEST, "log.txt", "args.json", "summary.json", "tensorboard")
+SUMMARY = "summary.json"
+FILES = (NEWEST, OLDER, BEST, "log.txt", "args.json", SUMMARY, "tensorboard", "profile")
+_REPORT = re.compile(r"nonfinite-\d+\.json")
 
 
 def _unwritable(path, error):
@@ -108,7 +111,8 @@ def opened(state: "TrainingState", fresh: bool, agreement: Agreement, say: Calla
 
 
 def prepare_output_dir(path: str, fresh: bool, checkpoint_size: int, say: Callable):
-    """Makes the folder. A `fresh` run moves what an earlier one left there into a new folder previous-N inside it.
+    """Makes the folder. A `fresh` run moves what an earlier one left there into a new folder previous-N inside it; one
+    that goes on takes the summary away, which is that of a finished run.
 
     Raises UserError where the folder cannot be written, or its disk has no room for the four files of `checkpoint_size`
     bytes that a run keeps at a time.
@@ -117,7 +121,7 @@ def prepare_output_dir(path: str, fresh: bool, checkpoint_size: int, say: Callab
         os.makedirs(path, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "no permission to write")
-        left = [name for name in FILES if os.path.exists(os.path.join(path, name))] if fresh else []
+        left = [name for name in sorted(os.listdir(path)) if name in FILES or _REPORT.fullmatch(name)] if fresh else []
         if left:
             number = 1
             while os.path.exists(os.path.join(path, "previous-{}".format(number))):
@@ -127,6 +131,8 @@ def prepare_output_dir(path: str, fresh: bool, checkpoint_size: int, say: Callab
             for name in left:
                 os.replace(os.path.join(path, name), os.path.join(aside, name))
             say("The files of an earlier run in {} now lie in {}".format(path, aside))
+        elif os.path.exists(os.path.join(path, SUMMARY)):
+            os.remove(os.path.join(path, SUMMARY))
         probe = os.path.join(path, ".probe")
         with open(probe, "w"):
             pass
@@ -161,7 +167,7 @@ def write_args(path: str, settings: dict):
 
 def write_summary(path: str, values: dict):
     """Writes summary.json: what a finished run reached, and how fast. Raises SaveFailed."""
-    write_json(os.path.join(path, "summary.json"), values)
+    write_json(os.path.join(path, SUMMARY), values)
 
 
 def write_report(path: str, rank: int, report: dict) -> str:

@@ -39,7 +39,7 @@ def combine(args: argparse.Namespace, given: Set[str], checkpoint: Optional[Chec
         saved = dict(IMPLIED, **saved)
     own = {name: value for name, value in family.items() if name not in given and name not in saved}
     if own and not args.eval:
-        say("Published recipe of {}: {}".format(args.model, ", ".join("{} {}".format(_flag(n), v) for n,
+        say("Published recipe of {}: {}".format(args.model, ", ".join("{} {}".format(flag_name(n), v) for n,
             v in own.items())))
     args = argparse.Namespace(**dict(vars(args), **own))
     names = EVALUATION if args.eval else [name for name in vars(args) if name not in RUN]
@@ -49,16 +49,21 @@ def combine(args: argparse.Namespace, given: Set[str], checkpoint: Optional[Chec
         for name in FIXED:
             if name in changed:
                 checkpoint.refuse("was trained with --{0} {1}, and its weights and moments do not go on with --{0} "
-                    "{2}; leave the flag out, or start anew with --finetune".format(name, saved[name], getattr(args,
-                     name)))
+                    "{2}; leave the flag out, or start anew{3}".format(name, saved[name], getattr(args, name),
+                     anew(checkpoint)))
         if changed:
             say("Going on with other settings than the checkpoint's: {}".format(", ".join("{} {} (was {})".format(
-                _flag(name), getattr(args, name), saved[name]) for name in changed)))
+                flag_name(name), getattr(args, name), saved[name]) for name in changed)))
         others = [name for name, value in taken.items() if value != getattr(args, name)]
         if others:
             say("From the checkpoint: {}".format(
-                ", ".join("{} {}".format(_flag(name), taken[name]) for name in others)))
+                ", ".join("{} {}".format(flag_name(name), taken[name]) for name in others)))
     return argparse.Namespace(**dict(vars(args), **taken))
+
+
+def anew(checkpoint: Checkpoint) -> str:
+    """How a run starts in place of going on with `checkpoint`, behind "start anew"."""
+    return " in another --output_dir" if checkpoint.flag == "--resume auto" else " with --finetune"
 
 
 def micro_batches(args: argparse.Namespace, given: Set[str], checkpoint: Optional[Checkpoint], processes: int,
@@ -81,7 +86,8 @@ def micro_batches(args: argparse.Namespace, given: Set[str], checkpoint: Optiona
     return count
 
 
-def _flag(name):
+def flag_name(name: str) -> str:
+    """How the setting `name` is spelt on the command line."""
     return "--" + (name if name in ("num_workers", "output_dir", "data_path") else name.replace("_", "-"))
 
 
@@ -92,9 +98,9 @@ def need_same_classes(checkpoint: Checkpoint, classes: List[str]):
         return
     checkpoint.places_of(classes)  # refuses names that it does not know
     missing = [name for name in own if name not in classes]
-    checkpoint.refuse("was trained on the classes of other data: {}; go on with that data, or start anew with "
-        "--finetune".format("'{}' is missing here".format(missing[0]) if missing
-        else "here they stand in another order"))
+    checkpoint.refuse("was trained on the classes of other data: {}; go on with that data, or start anew{}".format(
+        "'{}' is missing here".format(missing[0]) if missing else "here they stand in another order",
+        anew(checkpoint)))
 
 
 def places_in(checkpoint: Checkpoint, classes: List[str]) -> Optional[List[int]]:
@@ -113,7 +119,7 @@ _OWN = {
 def need_same_everywhere(settings: dict, data, agreement: Agreement):
     """Raises UserError, naming the first difference, where the processes of a run have other `settings` or another data
     set."""
-    own = {_flag(name): value for name, value in settings.items() if name not in _OWN}
+    own = {flag_name(name): value for name, value in settings.items() if name not in _OWN}
     own.update({"the number of training images": len(data), "the names of the classes": list(data.classes),
                 "the labels of the images": zlib.crc32(np.asarray(data.labels, dtype=np.int64))})
     texts = agreement.texts(json.dumps(own, default=str))

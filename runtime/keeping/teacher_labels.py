@@ -14,7 +14,7 @@ import torch
 
 from ..errors import UserError
 from .files import write_json, write_whole
-from .settings import IMPLIED
+from .settings import IMPLIED, flag_name
 
 SETTINGS = "settings.json"
 # what the images that the teacher sees depend on, and what is kept of its answer
@@ -22,6 +22,11 @@ DEPENDS_ON = ("data_set", "inat_category", "input_size", "batch_size", "seed", "
               "train_interpolation", "reprob", "remode", "recount", "jpeg_draft", "image_backend", "mixup", "cutmix",
               "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode", "distillation_type", "teacher_model",
               "teacher_path", "teacher_input_size", "teacher_precision")
+
+
+WEIGHTS = "teacher_weights"  # the hash of the teacher's file, which only who writes labels has
+_WORDS = {"replicas": "processes x --accum-steps", "images": "the number of training images",
+          "num_classes": "the number of classes", WEIGHTS: "teacher weights of the SHA-256"}
 
 
 def label_settings(args, replicas: int, images: int, num_classes: int) -> dict:
@@ -118,6 +123,7 @@ def _compare(stored, settings, folder, flag):
     settings = json.loads(json.dumps(settings))  # tuples as lists
     stored = dict(IMPLIED, **stored)
     for name, value in settings.items():
-        if stored.get(name) != value:
+        if stored.get(name) != value and (name != WEIGHTS or name in stored):  # older labels do not say whose they are
             raise UserError("{}: the labels in {} were written with {} {} and this run has {}; other crops or labels "
-                            "belong to it".format(flag, folder, name, stored.get(name), value))
+                            "belong to it".format(flag, folder, _WORDS.get(name) or flag_name(name), stored.get(name),
+                                                  value))

@@ -222,8 +222,7 @@ def build_precision(device, amp_backend="auto", opt_level=None, loss_scale=None,
     if amp is not None:
         return ApexPrecision(amp, opt_level, loss_scale)
     if opt_level == "O2":
-        raise UserError("--opt-level O2 needs apex, which is not {}; use --opt-level O1".format(
-            "chosen" if amp_backend == "native" else "installed here"))
+        raise UserError("--opt-level O2 is apex's; use --opt-level O1, or install apex and add --amp-backend apex")
     if not versions.has_autocast(device.type):
         raise UserError(
             "this PyTorch has no mixed precision of its own on the {}; {} use --opt-level O0 (float32)".format(

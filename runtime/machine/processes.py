@@ -126,6 +126,10 @@ def read_world(local_rank: Optional[int] = None, world_size: Optional[int] = Non
     if world_size is not None and world_size not in (1, size):  # 1 is DeiT's default and stands for the launcher's
         raise UserError("--world_size {} does not match the {} processes that the launcher started; leave it out"
                         .format(world_size, size))
+    if launcher.name.startswith("Huawei") and local_text is not None and not local < local_size:
+        raise UserError("DEVICE_ID {} is not below {}, the processes on this machine by RANK_SIZE; number it from 0 on "
+                        "every machine, and choose cards by ASCEND_RT_VISIBLE_DEVICES or --device_id".format(
+                            local, local_size))
     if local_size < 1 or size % local_size or not 0 <= rank < size or not 0 <= local < local_size:
         raise UserError("a world of {} processes with {} on this machine (rank {}, local rank {}) does not divide: "
                         "start the same number on every machine".format(size, local_size, rank, local))

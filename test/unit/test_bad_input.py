@@ -74,6 +74,9 @@ def test_only_one_of_several_processes_prints_the_sentence(tmp_path):
     (["--data-set", "DIGITS", "--finetune", "no.pth"], "--finetune: there is no file no.pth"),
     (["--data-set", "DIGITS", "--resume", "no.pth"], "--resume: there is no file no.pth"),
     (["--eval", "--resume", "no.pth"], "--resume: there is no file no.pth"),
+    (["--eval", "--resume", "auto"], "--resume auto is for training; --eval takes " + os.path.join("save", "best")),
+    (["--data-set", "DIGITS", "--eval-ema"], "--eval-ema says which weights --eval takes; add --eval"),
+    (["--data-set", "DIGITS", "--data-path", "there"], "--data-path there is not read: the data set here is DIGITS"),
     (["--eval"], "--eval: there is no " + os.path.join("save", "best_checkpoint.pth")),
 ])
 def test_a_wrong_flag_is_refused(refused, flags, sentence):
@@ -151,6 +154,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused(refused, student, digit_folde
     torch.save({"model": content["model"], "args": content["args"]}, nameless)
     assert "was trained on 10 classes but 4 are needed" in refused("--eval", "--resume", nameless, "--data-path", few)
     assert "no tensor of" in refused(*small + ["regnety_002", "--finetune", path])
+    shutil.copy(path, str(tmp_path / "checkpoint.pth"))
+    goes_on = ["--resume", "auto", "--output_dir", tmp_path, "--distillation-type", "none"]
+    assert "leave the flag out, or start anew in another --output_dir" in refused(*goes_on + ["--model",
+        "EvoLeViT_256"])
+    content["args"].update(data_set="DIGITS", data_path=None)
+    torch.save(content, str(tmp_path / "checkpoint.pth"))
+    for asked in (goes_on, ["--eval", "--resume", tmp_path / "checkpoint.pth"]):
+        assert "is not read: the data set here is DIGITS" in refused(*asked + ["--data-path", digit_folder])
 
 
 def _fresh_teacher(folder):

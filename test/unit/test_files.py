@@ -140,6 +140,16 @@ def test_a_namespace_and_numpy_scalars_are_read_as_the_published_code_writes_the
     assert (content["epoch"], content["max_accuracy"]) == (299, 72.5)
 
 
+def test_a_data_set_of_another_program_is_not_ours():
+    def said(**args):
+        return checkpoints.Checkpoint({"model": {}, "args": args}, "file.pth", "--resume").settings()
+    assert said(data_set="CIFAR10", model="deit_tiny_patch16_224") == {"model": "deit_tiny_patch16_224"}
+    assert said(data_set="INAT19") == {"data_set": "INAT19"}
+    assert said(data_set="DIGITS", global_batch=8) == {"global_batch": 8}  # ours say more of the run
+    whole = checkpoints.Checkpoint({"log": [], "args": dict(data_set="DIGITS", global_batch=8)}, "file.pth", "--resume")
+    assert whole.settings()["data_set"] == "DIGITS"
+
+
 def test_a_flipped_bit_in_a_tensor_is_found(good, tmp_path):
     with open(good, "rb") as f:
         content = bytearray(f.read())
@@ -217,7 +227,8 @@ def test_weights_travel_as_safetensors_and_by_url(student, digit_folder, tmp_pat
     with open(source, "rb") as f:
         content = f.read()
     right = "student-{}.pth".format(hashlib.sha256(content).hexdigest()[:8])
-    for name in (right, "student-00000000.pth"):
+    for name in (right, "student-00000000.pth", "run1/best.pth", "run2/best.pth"):
+        (served / name).parent.mkdir(exist_ok=True)
         (served / name).write_bytes(content)
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(served))
@@ -228,6 +239,14 @@ def test_weights_travel_as_safetensors_and_by_url(student, digit_folder, tmp_pat
     address = "http://127.0.0.1:{}/".format(server.server_port)
     try:
         assert evaluate(address + right) == line
+        assert evaluate(address + "run1/best.pth") == line and "fetched before" not in capsys.readouterr().out
+        (served / "run2" / "best.pth").write_bytes(b"another file of that name")
+        with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+            checkpoints.load_checkpoint(address + "run2/best.pth", "--resume")
+        capsys.readouterr()
+        first = checkpoints.load_checkpoint(address + "run1/best.pth", "--resume")
+        assert "--resume: {}run1/best.pth was fetched before; delete {}".format(
+            address, first.path) in capsys.readouterr().out
         for name, sentence in (("student-00000000.pth", "its SHA-256 starts with"),
                                ("nothing.pth", "cannot be fetched")):
             capsys.readouterr()

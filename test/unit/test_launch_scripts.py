@@ -175,6 +175,30 @@ def test_numbers_may_begin_with_noughts_and_the_environment_names_no_machines(ch
     assert (code, out) == (2, "") and err.count("\n") == 1 and re.search(r"\b8\b", err)
 
 
+def test_home_is_found_and_another_launchers_variables_are_not_taken(checkout, digit_folder, tmp_path):
+    """The log shows what main.py was given; the teacher's file, which is missing, ends it soon."""
+    os.symlink(digit_folder, str(tmp_path / "digits"))
+    env = dict(HOME=str(tmp_path), RANK_ID="0", RANK_SIZE="8", DEVICE_ID="5")
+    code, out, err = launch(checkout, "train_full_1P", "--data_path=~/digits", "--output_dir=~/out", "--batch-size=32",
+                            *TINY, env=env)
+    assert code == 2 and "--teacher-path: there is no file" in err, out + err
+    assert not (checkout / "~").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_as_asked_shows_no_figures(checkout, digit_folder):
+    """Its processes get the signal, as a scheduler sends it, and not the script; summary.json is a finished run's."""
+    finished = launch(checkout, "train_full_1P", "--data_path=" + digit_folder, "--batch-size=32", "--epochs=1",
+                      *TINY + UNDISTILLED)
+    assert finished[0] == 0 and (checkout / "save" / "summary.json").exists()
+    process = started(checkout, digit_folder, "--resume", "auto")
+    for pid in processes_of(checkout / "save"):
+        os.kill(pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Stopped before its end, as a signal asked" in out, out + err
+    assert "Final" not in out and not (checkout / "save" / "summary.json").exists()
+
+
 def test_a_failed_training_ends_with_its_code_and_the_last_lines_of_the_log(checkout, digit_folder):
     code, out, err = launch(checkout, "train_full_1P", "--data_path=" + digit_folder, "--batch-size=32", *TINY)
     assert code == 2 and "Final" not in out

@@ -103,9 +103,15 @@ def test_resume_goes_on_where_the_checkpoint_ends(student, digit_folder, teacher
 def test_a_fresh_run_keeps_the_files_of_an_earlier_one(student, digit_folder, tmp_path):
     out = str(tmp_path / "out")
     shutil.copytree(student[0], out)
+    for name in ("nonfinite-3.json", "profile/trace.json", "notes.txt"):
+        os.makedirs(os.path.dirname(os.path.join(out, name)), exist_ok=True)
+        open(os.path.join(out, name), "w").close()
     printed = commands.succeed("--model", "EvoLeViT_128S", "--distillation-type", "none", "--data-path", digit_folder,
                                "--epochs", 1, "--prune-warmup-epoch", 1, "--output_dir", out)
     assert "previous-1" in printed
+    aside = os.path.join(out, "previous-1")
+    assert {"nonfinite-3.json", "profile", "summary.json"} < set(os.listdir(aside))
+    assert not {"nonfinite-3.json", "profile"} & set(os.listdir(out)) and "notes.txt" in os.listdir(out)
     assert len(read_log(out)) == 1 and read_log(os.path.join(out, "previous-1")) == read_log(student[0])
     assert read_log(out)[0]["mode"] == "layer-wise, no token selection"
 

@@ -60,7 +60,7 @@ def test_an_old_torch_says_that_it_has_no_bf16_on_a_cpu():
     (CPU, ("none", "O1"), "--amp-backend none computes in float32 and --opt-level O1 does not"),
     (CPU, ("auto", None, 128.0), "--loss-scale has no use in float32"),
     (CPU, ("auto", "O1", 128.0), "--loss-scale has no use in bf16"),
-    (CARD, ("native", "O2"), "--opt-level O2 needs apex, which is not chosen"),
+    (CARD, ("native", "O2"), "O2 is apex's; use --opt-level O1, or install apex and add --amp-backend apex"),
     (CARD, ("auto", "O0", "dynamic"), "--loss-scale has no use in float32"),
 ])
 def test_what_does_not_go_together_is_refused(device, arguments, sentence, apex):
@@ -72,7 +72,7 @@ def test_apex_is_used_where_it_is_asked_for_and_refused_where_it_is_missing(apex
     if apex is None:
         with pytest.raises(UserError, match="apex is not installed here; install NVIDIA's apex"):
             build_precision(CARD, "apex")
-        with pytest.raises(UserError, match="O2 needs apex, which is not installed"):
+        with pytest.raises(UserError, match="O2 is apex's; use --opt-level O1"):
             build_precision(CARD, "auto", "O2")
     else:
         for level in ("O1", "O2"):

@@ -96,13 +96,34 @@ def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on_exactly(forty_digits
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert "Stopping: the state is saved after this update" in err
+    assert "Stopping: the state is saved after this batch" in err
     assert out.splitlines()[-1] == "Stopped as asked; to go on: the same command with --resume auto"
     stopped = torch.load(str(tmp_path / "out" / "checkpoint.pth"), map_location="cpu")
     assert stopped["epoch"] < 6
     code, printed, err = commands.run([sys.executable, commands.MAIN] + FAST + ["--batch-size", 8, "--data_path",
          forty_digits, "--output_dir", tmp_path / "out", "--resume", "auto"] + flags, env=ONE_THREAD)
     assert code == 0 and "Resuming " in printed, printed + err
+    assert kill_and_resume.differences(*[kill_and_resume.ends(str(tmp_path / name)) for name in ("out", "whole")]) == []
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("processes, evaluation", [(1, 1), pytest.param(2, 4, marks=pytest.mark.slow)])
+def test_sigterm_in_an_evaluation_loses_no_update_of_its_epoch(processes, evaluation, forty_digits, tmp_path):
+    """An epoch has two evaluations, of the weights and of their average."""
+    flags = FAST + ["--batch-size", 8, "--data_path", forty_digits, "--epochs", 3, "--stage-wise-epoch", 1]
+    launch = [sys.executable] if processes == 1 else commands.launchers(processes)["torchrun"]
+    code, out, err = commands.run(launch + [commands.MAIN] + flags + ["--output_dir", tmp_path / "whole"],
+                                  env=ONE_THREAD)
+    assert code == 0, err
+    flags += ["--output_dir", tmp_path / "out"]
+    code, out, err = commands.helper("stop_in_evaluation", processes - 1, evaluation, *flags, launch=launch,
+                                     env=ONE_THREAD)
+    assert code == 0 and "Stopped as asked" in out, out + err
+    stopped = torch.load(str(tmp_path / "out" / "checkpoint.pth"), map_location="cpu")
+    assert stopped["epoch"] == (evaluation - 1) // 2 - 1 and stopped["progress"]["images"] == 40 // (8 * processes) * (
+        8 * processes)
+    code, out, err = commands.run(launch + [commands.MAIN] + flags + ["--resume", "auto"], env=ONE_THREAD)
+    assert code == 0 and "Resuming " in out, out + err
     assert kill_and_resume.differences(*[kill_and_resume.ends(str(tmp_path / name)) for name in ("out", "whole")]) == []
 
 

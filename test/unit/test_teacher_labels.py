@@ -12,7 +12,7 @@ import torch
 import main
 from runtime.errors import UserError
 from runtime.keeping.state import Done
-from runtime.keeping.teacher_labels import LabelWriter, TeacherLabels
+from runtime.keeping.teacher_labels import WEIGHTS, LabelWriter, TeacherLabels
 from runtime.pictures.batches import TrainingView, collate
 from samplers import Feed, build_train_sampler
 
@@ -97,9 +97,24 @@ def test_labels_of_another_precision_are_not_added_but_read_by_any_run(tmp_path)
             settings["teacher_precision"] = written
         LabelWriter(folder, settings).write(0, 0, [torch.arange(4)])
         LabelWriter(folder, dict(own, teacher_precision=written or "same"))
-        with pytest.raises(UserError, match="were written with teacher_precision .* and this run has " + other):
+        with pytest.raises(UserError, match="were written with --teacher-precision .* and this run has " + other):
             LabelWriter(folder, dict(own, teacher_precision=other))
         assert TeacherLabels(folder, dict(own, teacher_precision="same")).epochs == 1
+
+
+def test_labels_of_another_teacher_of_that_name_are_not_added(tmp_path):
+    own = {"distillation_type": "hard", "num_classes": 10, "replicas": 1, "batch_size": 4}
+    for written, goes_on in (("a1", False), ("b2", True), (None, True)):  # None: older than the hash
+        folder = str(tmp_path / str(written))
+        LabelWriter(folder, dict(own, **{WEIGHTS: written} if written else {})).write(0, 0, [torch.arange(4)])
+        if goes_on:
+            LabelWriter(folder, dict(own, **{WEIGHTS: "b2"}))
+        else:
+            with pytest.raises(UserError, match="written with teacher weights of the SHA-256 a1 and this run has b2"):
+                LabelWriter(folder, dict(own, **{WEIGHTS: "b2"}))
+        assert TeacherLabels(folder, own).epochs == 1
+    with pytest.raises(UserError, match="written with processes x --accum-steps 1 and this run has 8"):
+        TeacherLabels(folder, dict(own, replicas=8))
 
 
 def test_the_crop_epoch_is_decided_in_one_place(tmp_path):

@@ -310,6 +310,8 @@ def test_the_place_of_a_process_comes_from_its_launchers_variables(environment, 
     (dict(RANK=1), "has RANK but not WORLD_SIZE"), (dict(WORLD_SIZE=4), "torchrun --nproc_per_node"),
     (dict(SLURM_PROCID="one", SLURM_NTASKS=2), "must be whole numbers"),
     (dict(RANK_ID=9, RANK_SIZE=8), "does not divide"),
+    (dict(RANK_ID=0, RANK_SIZE=1, DEVICE_ID=3), "DEVICE_ID 3 is not below 1"),
+    (dict(RANK_ID=0, RANK_SIZE=4, DEVICE_ID=4), "DEVICE_ID 4 is not below 4, .* number it from 0"),
     (dict(OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=3, OMPI_COMM_WORLD_LOCAL_SIZE=2), "does not divide")])
 def test_half_a_launcher_is_refused(environment, sentence, monkeypatch):
     for name in VARIABLES:
