@@ -103,7 +103,9 @@ def test_a_fused_optimizer_trains_the_tradeoffs_that_get_their_first_gradient_la
                 and weights[after][name] != weights[before][name]}
 
     npu = steps("npu", "none", "-", "-")
-    assert moved(npu, 2, 4) == moved(on_cpu, 2, 4) != set()
+    # those of other blocks have gradients of 1e-11, mere rounding
+    trained = {name for name, norm in on_cpu["gradients"][3].items() if name.endswith("learn_tradeoff") and norm > 1e-6}
+    assert trained <= moved(npu, 2, 4) and trained <= moved(on_cpu, 2, 4) and len(trained) > 1
     assert moved(npu, 0, 2) == moved(on_cpu, 0, 2) == set()
 
 
