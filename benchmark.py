@@ -196,7 +196,8 @@ def measure(args):
     names = [contenders.parse(task, text)[0] for text in texts]
     need_published(task, texts, args)
     sizes = args.input_size or [224 if args.task == "loader" else default_input_size(names[0])]
-    rate = measure_matmul_rate(device)
+    # several processes share a CPU; each has an accelerator of its own
+    rate = measure_matmul_rate(device) * (1 if device.type == "cpu" else args.processes)
     figures = {"task": args.task, "device": device.type, "threads": torch.get_num_threads(),
         "torch": versions()["torch"], "matmul_gflops_per_s": rate / 1e9, "rows": []}
     print(
@@ -223,12 +224,20 @@ def measure(args):
     return figures
 
 
-def add_accuracy(args, rows):
-    """Adds model, keep_ratio and acc1 (None without --resume) to rows of --keep-ratio."""
-    found = {}
-    if args.resume:
-        found = dict(zip(args.keep_ratio, tradeoff.accuracies(args.resume, args.data_path, args.keep_ratio,
-                                                               Machine(select_device(args.device)))))
+def accuracies(args):
+    """{keep ratio: top-1} of --resume, {} without it."""
+    if not args.resume:
+        return {}
+    names = {contenders.parse(args.task, text)[0] for text in args.compare or [TRADE_OFF]}
+    sizes = args.input_size or [default_input_size(min(names))]
+    if len(names) > 1 or len(sizes) > 1:
+        raise UserError("--resume is a checkpoint of one model at one size; give one contender and one --input-size")
+    return dict(zip(args.keep_ratio, tradeoff.accuracies(args.resume, min(names), sizes[0], args.data_path,
+                                                         args.keep_ratio, Machine(select_device(args.device)))))
+
+
+def add_accuracy(found, rows):
+    """Adds model, keep_ratio and acc1, what `accuracies` has found or None, to rows of --keep-ratio."""
     for row in rows:
         row["model"], share = row["contender"].rsplit(",keep=", 1)
         row["keep_ratio"] = float(share)
@@ -237,16 +246,35 @@ def add_accuracy(args, rows):
             print("| {contender} | top-1 {acc1:.2f} % |".format(**row))
 
 
+def check(args):
+    """Raises UserError for a flag that the task does not read."""
+    defaults = vars(get_args_parser().parse_args([args.task]))
+    given = {name for name, value in vars(args).items() if value != defaults[name]}
+    read = {"task", "device", "published", "quick", "output"}
+    unread = given - read if args.task == "report" else given & {"quick", "output"}
+    if args.task in ("breakdown", "operators"):
+        unread |= {name for name in ("batch_size", "input_size") if len(getattr(args, name) or []) > 1}
+    if args.task not in ("loader", "breakdown"):
+        unread |= given & {"photo_size"}
+    if args.data_path and not args.resume:
+        unread.add("data_path")
+    if unread:
+        raise UserError("--{} has no effect on {} here; leave it out{}".format(
+            min(unread).replace("_", "-"), args.task, "" if "size" not in min(unread) else ", or give one value"))
+
+
 def run(args):
+    check(args)
     if args.task == "report":
         need_published("report", [], args)
         report.report(select_device(args.device), args.quick, args.output, args.published)
         return
     if args.plot:
         command.need("--plot", "matplotlib")
+    found = accuracies(args) if args.keep_ratio else {}
     figures = measure(args)
     if args.keep_ratio:
-        add_accuracy(args, figures["rows"])
+        add_accuracy(found, figures["rows"])
         if args.plot:
             title = "Speed and accuracy over the keep ratio ({}, {} threads)".format(figures["device"],
                                                                                      figures["threads"])

@@ -304,7 +304,7 @@ def build_transform(is_train: bool, name: str, input_size: int, augmentation: Au
     if not row.cropped:
         resize = [transforms.Resize((input_size, input_size), bicubic)]
     elif input_size <= row.own_size:
-        resize = []
+        resize = [transforms.Resize((input_size, input_size), bicubic)]  # those of the data set stay as they are
     else:
         resize = [transforms.Resize(int(256 / 224 * input_size), bicubic), transforms.CenterCrop(input_size)]
     return transforms.Compose(resize + [ToBytes()])

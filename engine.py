@@ -2,7 +2,7 @@
 import math
 import statistics
 from contextlib import contextmanager
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, Set
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from runtime.keeping.progress import Progress
 from runtime.keeping.state import Done
 from runtime.learning.average import ModelEma
 from runtime.learning.clipping import clip_gradients
+from runtime.machine import versions
 from runtime.machine.devices import Stopwatch, start_reading
 from runtime.machine.machine import Machine
 from runtime.machine.processes import broadcast_buffers, complain, parallelize
@@ -36,12 +37,13 @@ class Learner:
     """What is trained: a model on a machine, by a criterion and an optimiser.
 
     clip_grad: None or 0 for no clipping, else the limit, which `clip_mode` (norm, value or agc) gives its meaning.
-    average: a ModelEma that follows the model, or None.
+    average: a ModelEma that follows the model, or None. may_skip: training goes on after an update that was
+    not allowed, so what its forward pass has left in the model's statistics is taken back.
     """
 
     def __init__(self, model: torch.nn.Module, criterion: DistillationLoss, optimizer: torch.optim.Optimizer,
             machine: Machine, clip_grad: Optional[float] = None, clip_mode: str = "agc",
-            average: Optional[ModelEma] = None):
+            average: Optional[ModelEma] = None, may_skip: bool = False):
         self.model = model
         self.criterion = criterion
         self.optimizer = optimizer
@@ -49,6 +51,7 @@ class Learner:
         self.clip_grad = clip_grad
         self.clip_mode = clip_mode
         self.average = average
+        self.may_skip = may_skip
         self.parallel = model  # what training's forward passes go through
         self.forward_seconds = []  # of each update, of this process alone: it does not wait for others here
 
@@ -89,6 +92,7 @@ class Learner:
         precision = self.machine.precision
         self.optimizer.zero_grad()
         total, watch = 0.0, Stopwatch(self.machine.device)
+        statistics_before = [buffer.clone() for buffer in self.model.buffers()] if self.may_skip else []
         for i, micro_batch in enumerate(micro_batches, 1):
             last = i == len(micro_batches)
             watch.start()
@@ -107,6 +111,8 @@ class Learner:
         self.forward_seconds.append(watch.seconds())
         if not allowed(loss_value):
             precision.skip(self.optimizer)
+            if self.may_skip:
+                versions.copy_(list(self.model.buffers()), statistics_before)
             return loss_value
         precision.step(self.model, self.optimizer, self._clip if self.clip_grad else None)
         if self.average is not None:
@@ -187,9 +193,11 @@ def train_one_epoch(learner: Learner, feed: Feed, epoch: int, control: Control, 
 
 
 @torch.no_grad()
-def label_epoch(criterion: DistillationLoss, feed: Feed, epoch: int, machine: Machine) -> List[List[torch.Tensor]]:
+def label_epoch(criterion: DistillationLoss, feed: Feed, epoch: int, machine: Machine,
+                damaged: Set[int]) -> List[List[torch.Tensor]]:
     """What criterion.teach says of an epoch's batches, as train_one_epoch would see them: for each of the replicas that
-    this process stands for (a micro-batch of an update each) a list with a CPU tensor for each update."""
+    this process stands for (a micro-batch of an update each) a list with a CPU tensor for each update. The numbers of
+    damaged pictures, which are named, join those in `damaged`."""
     labels = [[] for _ in range(feed.accum_steps)]
     progress = Progress(feed.updates(epoch), feed.updates_in_epoch, "Labels: [{}]".format(epoch), machine.world.is_main)
     for _, batches in progress:
@@ -197,7 +205,8 @@ def label_epoch(criterion: DistillationLoss, feed: Feed, epoch: int, machine: Ma
             images, _, _ = feed.on(machine, batch)
             with machine.precision.autocast():
                 replica.append(criterion.teach(images).cpu())
-            name_replaced(entry[1:] for entry in batch.damaged)
+            name_replaced(entry[1:] for entry in batch.damaged if entry[0] not in damaged)
+            damaged.update(entry[0] for entry in batch.damaged)
             progress.note(len(batch.labels) * machine.world.size)
     return labels
 

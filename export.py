@@ -13,6 +13,7 @@ import torch
 
 from datasets import build_transform, crop_pct, validation_pictures
 from runtime.errors import UserError
+from runtime.keeping.checkpoint import without_hash
 from runtime.keeping.exported import FORMATS, ONNX_OPSET, how_to_run, need_format
 from runtime.keeping.restore import add_checkpoint_flags, open_trained, restore, restore_evo
 from runtime.learning.models import LAYER_WISE, NO_SELECTION, set_mode
@@ -42,8 +43,11 @@ def pictures_to_compare(restored, paths):
     if paths:
         return list(read_pictures(find_pictures(paths)[:PICTURES])), "named pictures"
     if restored.data_set == "DIGITS" or restored.data_path and os.path.isdir(restored.data_path):
-        return list(validation_pictures(restored.data_set, restored.data_path, restored.inat_category, PICTURES)), \
-            "validation pictures of {}".format(restored.data_set)
+        try:
+            return list(validation_pictures(restored.data_set, restored.data_path, restored.inat_category,
+                                            PICTURES)), "validation pictures of {}".format(restored.data_set)
+        except UserError as error:  # the folder of that name is another one on this machine
+            print("Note: {}; --check-on names other pictures".format(error))
     return list(photographs(PICTURES)), "parts of two photographs"
 
 
@@ -82,10 +86,14 @@ def run(args):
     model, mode = restored.model, restored.mode
     if args.layer_wise:
         mode = set_mode(model, LAYER_WISE + (NO_SELECTION if mode.endswith(NO_SELECTION) else ""))
-    source = os.path.basename(args.resume) if "://" in args.resume else args.resume
-    output = args.output or os.path.splitext(source)[0] + form.suffix
-    if os.path.exists(output) and os.path.samefile(output, args.resume):
+    is_url = "://" in args.resume
+    source = os.path.splitext(os.path.basename(args.resume) if is_url else args.resume)[0]
+    output = args.output or without_hash(source) + form.suffix
+    if not is_url and os.path.exists(output) and os.path.samefile(output, args.resume):
         raise UserError("--output {} is the checkpoint itself; name another file".format(output))
+    if not output.endswith(form.suffix):
+        raise UserError("--output {}: files of the format {} end in {}, by which they are read".format(
+            output, args.format, form.suffix))
     if not os.path.isdir(os.path.dirname(os.path.abspath(output))):
         raise UserError("--output {}: there is no such folder".format(output))
     pictures, kind = pictures_to_compare(restored, args.check_on)

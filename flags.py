@@ -15,7 +15,7 @@ from runtime.machine.versions import RESIZES_BYTES
 
 PUBLISHED_EPOCHS = 300
 # the published recipe of Evo-DeiT, where it is another than Evo-LeViT's, and images of a card by model
-_EVO_DEIT = {"distillation_type": "none", "clip_grad": 0.0, "weight_decay": 0.05}
+_EVO_DEIT = {"distillation_type": "none", "clip_grad": 0.0, "clip_mode": "norm", "weight_decay": 0.05}
 _EVO_DEIT_BATCH = {"evo_deit_tiny_patch16_224": 256, "evo_deit_base_patch16_384": 64}
 PUBLISHED_GLOBAL_BATCH = {224: 2048, 384: 1024}  # of Evo-LeViT, by image size: 8 cards with 256 and 128 images
 
@@ -97,7 +97,8 @@ def get_args_parser():
         help="batches in an update: one process trains as N would")
     add("--repeated-aug", action="store_true", default=True, help="each image three times in a global batch")
     add("--no-repeated-aug", action="store_false", dest="repeated_aug", help="each image once in an epoch")
-    add("--seed", type=seed, default=0, metavar="N", help="seed of weights, order of images, augmentation and dropout")
+    add("--seed", type=seed, default=0, metavar="N", help="seed of weights, augmentation, mixing and dropout; the "
+        "order of the images follows from the epoch alone")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--color-jitter", type=at_least_0, default=0.4, metavar="X",
@@ -251,13 +252,24 @@ def check_machine(args):
                 args.export_weights))
 
 
+def check_evaluation(given):
+    """Raises UserError for one of the flags that the command line has `given` and that --eval would pass over."""
+    for name in ("finetune", "write_teacher_labels", "profile", "max_steps"):
+        if name in given:
+            raise UserError("--{} is for training; --eval evaluates --resume FILE, or save/best_checkpoint.pth".format(
+                name.replace("_", "-")))
+
+
 def check_recipe(args):
     """Raises UserError for flags that do not go together."""
     if mixes(args) and args.batch_size % 2:
         raise UserError("--batch-size {} is odd, and mixup and CutMix mix pairs; use an even one, or --mixup 0 "
             "--cutmix 0".format(args.batch_size))
-    if args.cutmix_minmax and args.cutmix_minmax[0] > args.cutmix_minmax[1]:
-        raise UserError("--cutmix-minmax {} {}: the first share is the smaller one".format(*args.cutmix_minmax))
+    if args.cutmix_minmax:
+        least, most = (int(args.input_size * share) for share in args.cutmix_minmax)
+        if least >= most:
+            raise UserError("--cutmix-minmax {} {}: the first share is the smaller one, by a pixel of {} at least"
+                            .format(*args.cutmix_minmax + [args.input_size]))
     if args.lr_noise and (len(args.lr_noise) > 2 or args.lr_noise != sorted(args.lr_noise)):
         raise UserError("--lr-noise takes one share of the epochs or two, the smaller one first")
     if args.opt_betas and "adam" in args.opt and len(args.opt_betas) != 2:
@@ -281,6 +293,9 @@ def check_recipe(args):
     if args.teacher_precision != "same" and (args.teacher_labels or args.distillation_type == "none"):
         raise UserError("--teacher-precision {}: {} has no teacher to run; leave it out".format(args.teacher_precision,
             "--teacher-labels" if args.teacher_labels else "--distillation-type none"))
+    if args.distillation_alpha == 0 and (args.teacher_labels or args.teacher_precision != "same"):
+        raise UserError("--distillation-alpha 0 uses no teacher; leave {} out".format(
+            "--teacher-labels" if args.teacher_labels else "--teacher-precision"))
     if args.teacher_labels and args.write_teacher_labels:
         raise UserError("--write-teacher-labels writes labels and --teacher-labels reads them; use one at a time")
     if args.start_epoch < 0 or args.start_epoch >= args.epochs:

@@ -51,10 +51,10 @@ class DistillationLoss(nn.Module):
 
     def forward(self, inputs, outputs, labels, taught=None):
         """inputs: images (B, 3, H, W), for the teacher. outputs: logits (B, classes), or a tuple (patch, patch
-        distillation, class, class distillation) of them, of which "none" takes the first, "soft" and "hard" the first
-        two, "cls" all; with `every_head` a tuple of any length. labels: what the base criterion takes. taught: what
-        `teach` gave for `inputs`, where it was asked before. Returns the scalar loss; raises ValueError where `outputs`
-        has too few heads."""
+        distillation, class, class distillation) of them, of which "soft" and "hard" take the first two, "none" and
+        "cls" all; with "none" and `every_head` a tuple of any length. labels: what the base criterion takes. taught:
+        what `teach` gave for `inputs`, where it was asked before. Returns the scalar loss; raises ValueError where
+        `outputs` has too few heads."""
         if isinstance(outputs, torch.Tensor):
             outputs = (outputs,)
         pairs = self._pairs(len(outputs))
@@ -70,7 +70,9 @@ class DistillationLoss(nn.Module):
         """[(label head, distillation head)] of so many outputs."""
         if self.every_head:
             return [(head, head) for head in range(count)]
-        heads = {"none": 1, "soft": 2, "hard": 2, "cls": 4}[self.distillation_type]
+        if self.distillation_type == "none":  # a model that has several, as old timm's distilled ones, is asked for all
+            return [(head, head) for head in range(count)]
+        heads = {"soft": 2, "hard": 2, "cls": 4}[self.distillation_type]
         if count < heads:
             raise ValueError("{} distillation needs {} outputs of the model and got {}".format(
                 self.distillation_type, heads, count))

@@ -10,23 +10,40 @@ from runtime import command  # first: it makes torchvision importable on a CPU-o
 
 # isort: split
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.scheduler import create_scheduler
 
 import losses
 from announce import describe, describe_epoch, describe_training, measure_rate, name_slow
 from datasets import crop_pct, need_read
 from engine import Learner, evaluate, label_epoch, train_one_epoch
 from fix_timm.mixup import Mixup
-from flags import check_machine, check_recipe, family_defaults, global_batch, mixes, parse_args, scaled_lr
+from flags import (
+    check_evaluation,
+    check_machine,
+    check_recipe,
+    family_defaults,
+    global_batch,
+    mixes,
+    parse_args,
+    scaled_lr,
+)
 from loaders import build_train_loader, build_val_loader, open_index
-from runtime.errors import NonFiniteLoss, RunFailed, Stopped, UserError
+from runtime.errors import NonFiniteLoss, RunFailed, Stopped, TooManyDamagedImages, UserError
 from runtime.keeping.checkpoint import BEST, export_weights, file_hash, load_checkpoint, load_newest, local_file
 from runtime.keeping.control import Control, Signals
 from runtime.keeping.exported import Program, how_to_run
 from runtime.keeping.output import explained, opened, summarize, write_summary
 from runtime.keeping.restore import open_trained, restore
-from runtime.keeping.settings import combine, micro_batches, need_same_classes, need_same_everywhere, places_in
+from runtime.keeping.settings import (
+    combine,
+    labels_sum,
+    micro_batches,
+    need_same_classes,
+    need_same_everywhere,
+    other_folder,
+    places_in,
+)
 from runtime.keeping.sharing import same_for_all
 from runtime.keeping.state import TrainingState
 from runtime.keeping.teacher_labels import WEIGHTS, LabelWriter, TeacherLabels, label_settings
@@ -45,7 +62,7 @@ from runtime.learning.models import (
     set_mode,
 )
 from runtime.learning.normalization import Renormalize, timm_statistics
-from runtime.learning.optimizer import build_optimizer
+from runtime.learning.optimizer import build_optimizer, build_schedule
 from runtime.learning.teacher import build_teacher
 from runtime.learning.teacher_precision import Shelf, need_precision, set_precision
 from runtime.machine import devices, processes, versions
@@ -105,10 +122,11 @@ def build_criterion(args, num_classes, teacher):
 def build_teaching(args, loader, machine, agreement):
     """(the teacher, stored labels of one): at most one of them, where the loss needs what it says of the training
     pictures of `loader`."""
-    classes, images = loader.dataset.dataset.classes, len(loader.dataset.dataset)
+    data = loader.dataset.dataset
+    classes = data.classes
     if args.teacher_labels:
         replicas = machine.world.size * args.micro_batches
-        labels = TeacherLabels(args.teacher_labels, label_settings(args, replicas, images, len(classes)))
+        labels = TeacherLabels(args.teacher_labels, label_settings(args, replicas, data))
         machine.say("Teacher labels: {} epochs in {}".format(labels.epochs, args.teacher_labels))
         return None, labels
     if args.distillation_type == "none" or args.distillation_alpha == 0 and not args.write_teacher_labels:
@@ -133,7 +151,7 @@ def build_learner(args, model, criterion, machine):
     processes.broadcast_weights(model)  # before the average, which is a copy, is made
     scaled = argparse.Namespace(**dict(vars(args), lr=scaled_lr(args, machine)))
     optimizer = build_optimizer(scaled, model, machine.device, machine.precision.backend)
-    lr_scheduler, _ = create_scheduler(scaled, optimizer)
+    lr_scheduler = build_schedule(scaled, optimizer)
     average = None
     if args.model_ema:
         average = ModelEma(model, args.model_ema_decay, args.model_ema_warmup)
@@ -145,7 +163,9 @@ def build_learner(args, model, criterion, machine):
         compile_module(model, machine.device.type, is_evo_name(args.model))
         if teacher is not None:
             teacher.compile_network(machine.device.type)
-    return Learner(model, criterion, optimizer, machine, args.clip_grad, args.clip_mode, average), lr_scheduler
+    learner = Learner(model, criterion, optimizer, machine, args.clip_grad, args.clip_mode, average,
+                      may_skip=args.skip_nonfinite > 0)
+    return learner, lr_scheduler
 
 
 def find_unused(model, criterion, args, machine):
@@ -173,6 +193,7 @@ def train(args, given, checkpoint, machine, agreement, index):
         need_same_classes(checkpoint, data.classes)
     settings = dict(vars(args), processes=machine.world.size, global_batch=global_batch(args, machine))
     need_same_everywhere(settings, data, agreement)
+    settings.update(images=len(data), labels_sum=labels_sum(data))
     val_loader, shared = build_val_loader(args, machine, index)
     model = build_student(args, data.classes, say, checkpoint is None)
     teacher, labels = build_teaching(args, loader, machine, agreement)
@@ -189,8 +210,9 @@ def train(args, given, checkpoint, machine, agreement, index):
         control = Control(agreement, signals, args.save_every_steps, args.save_every_minutes, args.max_bad_images,
                           args.skip_nonfinite)
         state = TrainingState(learner, lr_scheduler, control, data.classes, settings)
-        state.restore(checkpoint, "start_epoch" in given, say)
-        scalars = held.enter_context(opened(state, checkpoint is None, agreement, say))
+        fresh = checkpoint is None or other_folder(checkpoint, args.output_dir)
+        state.restore(checkpoint, "start_epoch" in given, fresh, say)
+        scalars = held.enter_context(opened(state, fresh, agreement, say))
         profile = held.enter_context(profiled(args.profile, machine, args.output_dir))
         index.keep()
         start, updates, shared_mode = time.time(), 0, None
@@ -247,6 +269,9 @@ def validate(learner, loader, shared, control):
     if learner.averaged is not None:
         figures = watched(learner.averaged, named=False)
         log.update(test_ema_acc1=figures["acc1"], test_ema_loss=figures["loss"])
+    if log["test_nonfinite"]:
+        learner.machine.say("Warning: the output is not finite for {test_nonfinite} of {test_images} validation "
+                            "images, which count as wrong".format(**log))
     return log
 
 
@@ -258,8 +283,10 @@ def finish(args, state, updates, seconds, machine):
     if state.writes:
         write_summary(args.output_dir, dict(
             summarize(state.log, state.settings["global_batch"]), model=args.model, device=machine.device.type,
-            processes=machine.world.size, batch_size=args.batch_size, updates=updates, precision=machine.precision.name,
-            best_acc1=max(entry["test_acc1"] for entry in state.log), seconds=seconds))
+            processes=machine.world.size, batch_size=args.batch_size, precision=machine.precision.name,
+            updates=sum(entry["updates"] for entry in state.log),
+            best_acc1=max(entry["test_acc1"] for entry in state.log),
+            seconds=max(seconds, sum(entry["seconds"] for entry in state.log))))
         if args.export_weights and machine.world.is_main:
             save_export(state.learner.model, args, state.classes, state.mode, machine.say)
     machine.say("Training time {}; {} holds the weights of the last epoch and of the best".format(
@@ -277,17 +304,26 @@ def write_labels(args, machine, agreement, index):
     criterion, mixup = build_criterion(args, len(data.classes), teacher)
     index.keep()
     feed = Feed(loader, sampler, mixup)
-    settings = label_settings(args, sampler.replicas, len(data), len(data.classes))
+    settings = label_settings(args, sampler.replicas, data)
     settings[WEIGHTS] = file_hash(local_file(args.teacher_path, "--teacher-path"))
     writer = LabelWriter(args.write_teacher_labels, settings, machine.world.is_main)
+    criterion.alpha = criterion.alpha or 1.0  # labels are written also where this loss would not use them
+    damaged = set()
     own = [sampler.first_replica + step for step in range(feed.accum_steps)]
     machine.say("Teacher: {}, labels of {:,} images x {} epochs".format(
         args.teacher_model, sampler.updates * global_batch(args, machine), args.epochs))
     for epoch in range(args.epochs):
         if not all(writer.has(epoch, replica) for replica in own):
-            for replica, batches in zip(own, label_epoch(criterion, feed, epoch, machine)):
+            for replica, batches in zip(own, label_epoch(criterion, feed, epoch, machine, damaged)):
                 writer.write(epoch, replica, batches)
-    processes.barrier()
+        met = len(agreement.union(damaged))  # also keeps fast processes from leaving slow ones behind
+        if met > args.max_bad_images:
+            raise TooManyDamagedImages("{} picture files cannot be decoded and --max-bad-images allows {}; they are "
+                "named above; remove {} before you start again: it has labels of other pictures in their places".format(
+                    met, args.max_bad_images, args.write_teacher_labels))
+    if met:
+        machine.say("Note: {} damaged pictures, named above, have the labels of those that take their places; "
+                    "they are right only while the files stay damaged".format(met))
     machine.say("The labels lie in {0}; train with --teacher-labels {0}".format(args.write_teacher_labels))
     return teacher
 
@@ -305,6 +341,8 @@ def evaluate_checkpoint(args, given, checkpoint, machine, index):
     model, mode = restored.model, restored.mode
     if not isinstance(model, Program):
         describe(model, args, machine)
+    if args.export_weights and isinstance(model, Program):
+        checkpoint.refuse("is an exported program, whose weights cannot be taken out; leave --export-weights out")
     if given & {"prune_warmup_epoch", "stage_wise_epoch"} and isinstance(model, Program):
         checkpoint.refuse("is an exported program, whose mode is built in; leave --stage-wise-epoch and "
                           "--prune-warmup-epoch out")
@@ -331,14 +369,15 @@ def evaluate_checkpoint(args, given, checkpoint, machine, index):
         raise RunFailed("the model's output is not finite for {} of {} images, which count as wrong; its weights or "
             "their normalisation are damaged".format(stats["nonfinite"], stats["images"]))
     if args.export_weights and machine.world.is_main:
-        save_export(restored.model, args, classes, mode, machine.say)
+        save_export(restored.model, args, classes, mode, machine.say, (mean, std))
     return restored.model
 
 
-def save_export(model, args, classes, mode, say):
-    """`--export-weights`: the model's weights, with what is needed to run them."""
+def save_export(model, args, classes, mode, say, statistics=(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)):
+    """`--export-weights`: the model's weights, with what is needed to run them; statistics: (mean, deviation) of the
+    images that it takes."""
     export_weights(model, args.export_weights, how_to_run(args, classes, mode, crop_pct(args.data_set,
-        args.input_size)))
+        args.input_size), statistics))
     say("The weights now lie in {}".format(args.export_weights))
 
 
@@ -366,6 +405,8 @@ def run(args, given):
     """One run of the recipe as `args` say, of which the command line names `given`; returns the model. Raises what
     errors.py lists."""
     world = processes.read_world(args.local_rank, args.world_size)
+    if args.eval:
+        check_evaluation(given)
     check_machine(args)
     say = Machine(torch.device("cpu"), world).say
     device = devices.select_device(args.device, world.local_rank, world.local_size, args.device_id, say)

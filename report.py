@@ -85,7 +85,7 @@ def _new_axis(title, unit):
     from matplotlib.ticker import MaxNLocator
     figure = Figure(figsize=(6, 2.8))
     axis = figure.subplots()
-    axis.set_title(title, loc="left", fontsize=11)
+    axis.set_title(page.label(title), loc="left", fontsize=11)
     axis.set_xlabel("epoch")
     axis.set_ylabel(unit)
     axis.grid(alpha=0.25)
@@ -114,7 +114,7 @@ def draw_curve(curve, runs):
             epochs, values = _numbers(run.log, name)
             if epochs:
                 axis.plot(epochs, values, style, color=COLOURS[number % len(COLOURS)], marker="." if len(
-                    epochs) < 30 else None, label="{}: {}".format(run.name, called))
+                    epochs) < 30 else None, label=page.label("{}: {}".format(run.name, called)))
                 drawn = True
     if not drawn:
         return missing(curve.title, runs)
@@ -133,7 +133,8 @@ def draw_keep_ratios(runs):
         for stage in range(max((len(ratios) for _, ratios in found), default=0)):
             points = [(epoch, ratios[stage]) for epoch, ratios in found if stage < len(ratios)]
             axis.step(*zip(*points), where="mid", linestyle=STYLES[stage % len(STYLES)], linewidth=4 - stage, alpha=0.8,
-                      color=COLOURS[number % len(COLOURS)], label="{}: stage {}".format(run.name, stage + 1))
+                      color=COLOURS[number % len(COLOURS)],
+                      label=page.label("{}: stage {}".format(run.name, stage + 1)))
             drawn = True
     if not drawn:
         return missing("Keep ratio of each stage", runs)

@@ -13,7 +13,7 @@ from runtime import command  # first: it makes torchvision importable on a CPU-o
 import numpy as np
 import torch
 
-from datasets import build_transform, validation_pictures
+from datasets import build_transform, need_read, validation_pictures
 from runtime.errors import UserError
 from runtime.keeping.files import write_text, write_whole
 from runtime.keeping.restore import add_checkpoint_flags, restore_evo
@@ -24,6 +24,7 @@ from runtime.pictures.gallery import batches, find_pictures, read_pictures, to_b
 MODES = (STAGE_WISE, LAYER_WISE)
 DIMMED = 0.25  # what is left of the brightness where a token is not kept
 BATCH = 16
+COUNT = 16  # validation pictures that are shown if nothing is said
 
 
 class StageMap(NamedTuple):
@@ -41,8 +42,8 @@ def get_args_parser():
         help="picture files, and folders of them (default: validation pictures of the checkpoint's data set)")
     add("--data-path", "--data_path", type=command.path, metavar="DIR",
         help="the data set (default: where training found it)")
-    add("--count", type=command.positive, default=16, metavar="N",
-        help="validation pictures to show, spread over all of them")
+    add("--count", type=command.positive, metavar="N",
+        help="validation pictures to show, spread over all of them (default: {})".format(COUNT))
     add("--output_dir", "--output-dir", type=command.path, default="save/tokens", metavar="DIR",
         help="where the pages go")
     add_checkpoint_flags(parser, command.path, command.positive)
@@ -100,7 +101,7 @@ def draw(pixels, maps, guesses, title):
     bars.set_xlim(0, 1)
     bars.set_yticks([])
     for place, (name, probability) in zip(places, guesses):
-        bars.text(0.02, place, "{}  {:.1%}".format(page.printable(name)[:24], probability), va="center", fontsize=9)
+        bars.text(0.02, place, "{}  {:.1%}".format(page.label(name[:24]), probability), va="center", fontsize=9)
     for side in ("top", "right", "left"):
         bars.spines[side].set_visible(False)
     figure.tight_layout()
@@ -137,14 +138,20 @@ def prepare_output_dir(folder):
 
 def run(args):
     command.need("visualize.py", "matplotlib")
+    if args.paths and (args.data_path or args.count is not None):
+        raise UserError("{} is for validation pictures; leave it out where pictures are named".format(
+            "--data-path" if args.data_path else "--count"))
     restored = restore_evo(args.resume, args.model, args.input_size, average=args.eval_ema)
+    if args.data_path:
+        need_read(restored.data_set, args.data_path)
     pictures = read_pictures(find_pictures(args.paths)) if args.paths else \
-        validation_pictures(restored.data_set, args.data_path or restored.data_path, restored.inat_category, args.count)
+        validation_pictures(restored.data_set, args.data_path or restored.data_path, restored.inat_category,
+                            args.count or COUNT)
     prepare_output_dir(args.output_dir)
     body, shown = [], 0
     for batch in batches(pictures, BATCH):
         for picture, drawn in zip(batch, draw_batch(restored, batch)):
-            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in os.path.basename(picture.name))
+            name = "".join(c if c.isalnum() or c in "-_." else "_" for c in os.path.basename(picture.name))[:50]
             body.append("<h2>{}</h2>".format(page.text(picture.name)))
             for mode, guesses, content in drawn:
                 file = "{:04d}-{}.{}.png".format(shown, name, mode)

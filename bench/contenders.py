@@ -54,8 +54,8 @@ WORDS = {"inference": _MODES | {"fuse"}, "train": _MODES | {"teacher", "teacher-
          "loader": {"draft", "fast", "normalized", "once"}}
 _WITH_VALUE = {"keep", "teacher", "teacher-size", "teacher-precision"}
 # {task: {word: those that would change nothing beside it}}
-_EXCLUDED = {"inference": {}, "loader": {}, "train": {
-    "plain": {"compile", "amp", "teacher-precision", "channels-last"},
+_EXCLUDED = {"inference": {"dense": {"keep"}}, "loader": {}, "train": {
+    "dense": {"keep"}, "plain": {"compile", "amp", "teacher-precision", "teacher-size", "stored", "channels-last"},
     "stored": {"teacher", "teacher-size", "teacher-precision"}}}
 
 

@@ -3,7 +3,7 @@ from typing import List, Optional
 
 import torch
 
-from datasets import build_dataset, build_transform
+from datasets import build_dataset, build_transform, need_read
 from engine import evaluate
 from runtime.keeping.checkpoint import load_checkpoint
 from runtime.keeping.restore import restore
@@ -14,19 +14,28 @@ from runtime.pictures import page
 from runtime.pictures.batches import EvaluationView, collate
 
 
-def accuracies(path: str, data_path: Optional[str], ratios: List[float], machine: Machine,
+def accuracies(path: str, name: str, size: int, data_path: Optional[str], ratios: List[float], machine: Machine,
         batch: int = 32) -> List[float]:
-    """Top-1 accuracy in percent of the checkpoint `path` with each keep ratio, on the validation pictures of its data
-    set.
+    """Top-1 accuracy in percent of the checkpoint `path` with each keep ratio, stage-wise as the contenders run, on the
+    validation pictures of its data set.
 
-    data_path: where that lies, None for where training found it. Raises UserError as restore and build_dataset do.
+    name, size: the contender's model and the side of its images, which the checkpoint's have to be. data_path: where
+    the data set lies, None for where training found it. Raises UserError for another checkpoint, and as restore and
+    build_dataset do.
     """
     checkpoint = load_checkpoint(path, "--resume")
-    found = []
+    saved, found = checkpoint.settings(), []
+    own = saved.get("model", name), saved.get("input_size", size)
+    if own != (name, size):
+        checkpoint.refuse("is of {} at {} pixels and the contender is {} at {}; name it by --compare and "
+                          "--input-size".format(*own + (name, size)))
     for ratio in ratios:
-        restored = restore(checkpoint, keep_ratio=ratio)
+        restored = restore(checkpoint, name, size, keep_ratio=ratio)
         if not is_evo(restored.model):
             checkpoint.refuse("holds {}, which keeps all its tokens".format(restored.name))
+        restored.model.set_stage_wise(True)
+        if data_path:
+            need_read(restored.data_set, data_path)
         dataset = build_dataset(False, restored.data_set, data_path or restored.data_path,
                                 build_transform(False, restored.data_set, restored.input_size), restored.inat_category)
         view = EvaluationView(dataset, restored.input_size, places_in(checkpoint, dataset.classes))

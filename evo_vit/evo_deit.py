@@ -185,6 +185,12 @@ class EvoDeiT(EvoModel):
         """Names of the parameters that weight decay leaves alone beyond the 1-D ones."""
         return {"pos_embed", "cls_token"}
 
+    @torch.jit.ignore
+    def group_matcher(self, coarse=False):
+        """Which parameters lie how deep, for timm's layer decay: a block's lie in five lists."""
+        return dict(stem=r"^cls_token|^pos_embed|^patch_embed",
+                    blocks=[(r"^(?:blocks|qks|vs|norms|projs)\.(\d+)", None), (r"^norm", (99999,))])
+
     def get_classifier(self):
         """The head of the mean patch token."""
         return self.head

@@ -263,9 +263,7 @@ class EvoLeViT(EvoModel):
                  distillation=True, img_size=224, full_blocks=2, keep_ratio=0.5):
         super().__init__(img_size, embed_dim[-1], distillation, full_blocks, keep_ratio)
         self.learn_tradeoff = True
-        self.feature_info = [dict(num_chs=dim, reduction=PATCH_SIZE << stage, module="stage_blocks.{}".format(stage))
-                             for stage, dim in enumerate(embed_dim)]
-
+        self.feature_info = []
         resolution = self.img_size // PATCH_SIZE
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim[0]))
         self.poss = nn.Parameter(torch.zeros(1, resolution ** 2 + 1, embed_dim[0]))
@@ -278,11 +276,14 @@ class EvoLeViT(EvoModel):
             for i in range(depth[stage]):
                 m1 = AttentionResidual(Attention(dim, key_dim, num_heads[stage]), drop_path_rate)
                 m2 = _mlp(dim, drop_path_rate)
-                full = stage == 0 and i < full_blocks
+                full = sum(depth[:stage]) + i < full_blocks
                 blocks.append(EvoBlock(m1, m2, full, keep_ratio))
                 (stage_blocks if full else evolving).extend((m1, m2))
             if evolving:
                 stage_blocks.append(EvoStage(evolving, keep_ratio))
+            last = "stage_blocks.{}".format(len(stage_blocks) - 1) if evolving else "blocks.{}.m2".format(
+                len(blocks) - 1)  # by the name that named_modules gives what lies in both lists
+            self.feature_info.append(dict(num_chs=dim, reduction=PATCH_SIZE << stage, module=last))
             if stage + 1 < len(embed_dim):
                 out_dim = embed_dim[stage + 1]
                 down = [AttentionSubsample(dim, out_dim, key_dim, dim // key_dim, resolution),
@@ -323,6 +324,11 @@ class EvoLeViT(EvoModel):
         """Names of the parameters that weight decay leaves alone beyond the 1-D ones: the position embeddings."""
         return {name for name in self.state_dict() if name.split(".")[-1] == "poss"}
 
+    @torch.jit.ignore
+    def group_matcher(self, coarse=False):
+        """Which parameters lie how deep, for timm's layer decay."""
+        return dict(stem=r"^cls_token|^poss|^patch_embed", blocks=[(r"^blocks\.(\d+)", None)])
+
     def get_classifier(self):
         """The patch head, or (patch head, patch distillation head)."""
         return (self.head, self.head_dist) if self.distillation else self.head
@@ -334,7 +340,7 @@ class EvoLeViT(EvoModel):
         like = self.cls_token
         for name in names:
             head = BN_Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-            setattr(self, name, head.to(device=like.device, dtype=like.dtype))
+            setattr(self, name, head.to(device=like.device, dtype=like.dtype).train(self.training))
 
     def forward_stages(self, x):
         """Images (B, 3, H, H) -> for each stage its result: [(class token and patch tokens (B, 1 + N, C), TokenState)].

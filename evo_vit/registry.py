@@ -40,8 +40,9 @@ def register(model_class, name, variant, default_size, **cfg):
             if kwargs.pop(option, value) != value:
                 raise ValueError("{} of {} is {} and cannot be changed".format(option, name, value))
         if pretrained:
-            raise RuntimeError("no weights of {} are published at a fixed address; "
-                               "load a checkpoint file instead (checkpoint_path=...)".format(name))
+            raise RuntimeError(
+                "no weights of {} are published at a fixed address; build it without pretrained and load a file: "
+                "model.load_state_dict(torch.load(FILE, map_location='cpu')['model'])".format(name))
         config = dict(variant, num_classes=num_classes, distillation=distillation, img_size=img_size or default_size)
         if drop_path_rate is not None:
             config["drop_path_rate"] = drop_path_rate

@@ -2,9 +2,10 @@
 # Puts mixup.py and optim_factory.py of this folder over those of an installed timm 0.4.12, by diff and patch.
 # bash fix_timm/apply.sh [timm_path]      timm_path: .../site-packages/timm; found by itself where it is not given
 set -euo pipefail
+timm_path=${1:-}
+case "$timm_path" in "" | /*) ;; *) timm_path=$PWD/$timm_path ;; esac
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-timm_path=${1:-}
 fail() {
     echo "error: $1" >&2
     exit 2

@@ -85,6 +85,8 @@ case "$output_dir" in /*) ;; *) output_dir=$PWD/$output_dir ;; esac
 cd "$root"
 . test/env_npu.sh
 
+"$python" -c 'import torch' 2>/dev/null || fail "$python cannot import torch; set PYTHON=... to one that can"
+
 # The device, in the first line; too few cards end here, before anything is moved or written.
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0  # main.py imports torch_npu itself
 flags=("$@")
@@ -92,6 +94,14 @@ device=$("$python" -m runtime.machine.devices "$nproc" "$device_id" ${flags[@]+"
 echo "$device"
 
 log_dir=test/output/$device_id$([ "$node_rank" -eq 0 ] || echo "_machine_$node_rank")  # machines may share the folder
+mkdir -p test/output
+other=$(cat "$log_dir.lock" 2>/dev/null || true)
+if [ -n "$other" ] && kill -0 "$other" 2>/dev/null; then  # on other cards by ASCEND_RT_VISIBLE_DEVICES, say
+    log_dir=$log_dir.$$
+    echo "Another run (process $other) logs to ${log_dir%.*}; this one's logs go to $log_dir"
+fi
+echo $$ > "$log_dir.lock"
+trap 'rm -f "$log_dir.lock"' EXIT
 log=$log_dir/train_$device_id.log
 if [ -d "$log_dir" ]; then
     number=1
@@ -148,9 +158,14 @@ else
 fi
 
 # The first process that fails takes the others down.
-code=0
-for ((left = ${#pids[@]}; left > 0; left--)); do
-    wait -n || { code=$?; break; }
+code=0 waiting=("${pids[@]}")  # wait -n would do, but for bash 4.2
+while [ "${#waiting[@]}" -gt 0 ]; do
+    running=()
+    for pid in "${waiting[@]}"; do
+        if kill -0 "$pid" 2>/dev/null; then running+=("$pid"); else wait "$pid" || { code=$?; break 2; }; fi
+    done
+    waiting=(${running[@]+"${running[@]}"})
+    [ "${#waiting[@]}" -eq 0 ] || sleep 0.2
 done
 if [ "$code" -ne 0 ]; then
     stop_all 10
@@ -170,6 +185,12 @@ if [ "$node_rank" -gt 0 ]; then
     echo "Done; machine 0 prints the figures"
     exit 0
 fi
+for flag in ${flags[@]+"${flags[@]}"}; do
+    case "$flag" in --eval | --write-teacher-labels | --write-teacher-labels=*)
+        tail -n 5 "$log"  # no training, so its figures are others
+        exit 0 ;;
+    esac
+done
 if [ ! -e "$output_dir/summary.json" ]; then
     echo "Stopped before its end, as a signal asked; its state lies in $output_dir: start again with -- --resume auto"
     exit 0

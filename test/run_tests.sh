@@ -22,7 +22,7 @@ if [ "$line" = all ]; then
     trap 'exit 130' INT  # pytest takes the signal for itself
     for one in $("${PYTHON:-python3}" evo_vit/lines.py); do
         echo "== line $one"
-        bash "$0" --line "$one" $([ "$which" = default ] || echo "--$which") "$@" || failed+=" $one"
+        bash test/run_tests.sh --line "$one" $([ "$which" = default ] || echo "--$which") "$@" || failed+=" $one"
     done
     if [ -n "$failed" ]; then
         echo "error: tests failed on the lines$failed" >&2

@@ -13,18 +13,28 @@ is_python() {
     "$1" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$2')" 2>/dev/null
 }
 
+# which_python COMMAND: what tells that Python from others; nothing where it does not run.
+which_python() {
+    "$1" -c 'import sys; print(sys.base_prefix, sys.version)' 2>/dev/null || true
+}
+
 # find_python LINE: the interpreter, PYTHON if that is set, else the first found on PATH or among pyenv's.
 find_python() {
-    local version candidate
+    local version candidate line=$1
     for version in $pythons; do
-        for candidate in ${PYTHON:-"python$version" python3 "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python}; do
+        if [ -n "${PYTHON:-}" ]; then
+            set -- "$PYTHON"
+        else
+            set -- "python$version" python3 "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python
+        fi
+        for candidate; do
             if is_python "$candidate" "$version"; then
                 echo "$candidate"
                 return
             fi
         done
     done
-    echo "error: the line $1 needs Python ${pythons// / or } and ${PYTHON:-none here} is not one; set PYTHON=/path/to/python" >&2
+    echo "error: the line $line needs Python ${pythons// / or } and ${PYTHON:-none here} is not one; set PYTHON=/path/to/python" >&2
     return 2
 }
 
@@ -32,12 +42,16 @@ make_venv() {
     local dir=$1 line=$2 extra=${3:-} python want
     line_needs "$line"
     want="$torch $(cat "$requirements" dependencies.txt ${extra:+"$extra"})"  # what the file names, or what it refers to
+    if [ -n "${PYTHON:-}" ] && [ "$(which_python "$PYTHON")" != "$(which_python "$dir/bin/python")" ]; then
+        rm -rf "$dir"  # another interpreter's, or none
+    fi
     if [ "$(cat "$dir/.installed" 2>/dev/null)" = "$want" ]; then
         return
     fi
     python=$(find_python "$line")
     echo "== virtual environment in $dir for the line $line (once; PyTorch is a large download)"
-    [ -x "$dir/bin/python" ] || "$python" -m venv "$dir"
+    # an earlier attempt may have left half of it
+    "$dir/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$dir"
     "$dir/bin/python" -m pip install --quiet $torch -r "$requirements" ${extra:+-r "$extra"}
     echo "$want" > "$dir/.installed"
 }

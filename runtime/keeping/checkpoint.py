@@ -21,12 +21,13 @@ NEWEST, OLDER, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best_checkpo
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "module", "net")  # under which others keep their weights
 EMA_KEYS = ("state_dict_ema", "ema_state_dict", "ema")
 MODES = [mode + selection for mode in (STAGE_WISE, LAYER_WISE) for selection in ("", NO_SELECTION)] + [PLAIN]
-_HASH_SUFFIX = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
+# -20261126 is a day and no hash
+_HASH_SUFFIX = re.compile(r"-(?!20\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\.)([0-9a-f]{8,64})\.\w+$")
 # flags of the run that wrote a checkpoint which other commands may ask for, with the kind of their values
 _SAVED_TYPES = {"model": str, "input_size": int, "data_set": str, "data_path": str, "inat_category": str,
                 "prune_warmup_epoch": int, "stage_wise_epoch": int, "global_batch": int, "processes": int, "opt": str,
                 "keep_ratio": (int, float)}
-_DEITS_DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19")  # what those of DeiT's kind can say
+_DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "DIGITS")  # others name data sets that nothing here knows
 
 
 class Checkpoint(NamedTuple):
@@ -81,7 +82,7 @@ class Checkpoint(NamedTuple):
         if not self.recipe():  # others keep other kinds of values under these names
             saved = {name: value for name, value in ((name, _plain(value)) for name, value in saved.items())
                      if isinstance(value, _SAVED_TYPES.get(name, int))}
-            if saved.get("data_set", "IMNET") not in _DEITS_DATA_SETS:
+            if saved.get("data_set", "IMNET") not in _DATA_SETS:
                 del saved["data_set"]
         for name, value in saved.items():
             if not isinstance(value, _SAVED_TYPES.get(name, int)):
@@ -211,6 +212,12 @@ def export_weights(model: torch.nn.Module, path: str, metadata: dict):
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
+
+def without_hash(stem: str) -> str:
+    """NAME of a path NAME-HASH, which would be the hash of another file, once that ends in another way."""
+    match = _HASH_SUFFIX.search(stem + ".pth")
+    return stem[:match.start()] if match else stem
+
 
 def file_hash(path: str) -> str:
     """The SHA-256 of the file."""

@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 import zipfile
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -23,12 +23,16 @@ KEY = "evo_levit"
 ONNX_OPSET = 11  # the oldest that has the operators: converters know it best
 
 
-def how_to_run(args, classes: List[str], mode: str, crop_pct: float) -> dict:
-    """What a file says beside its weights: the names of the classes, the mode, the preprocessing in timm's terms, and
-    those of the run's settings `args` that --eval takes."""
+def how_to_run(args, classes: List[str], mode: str, crop_pct: float,
+               statistics: Tuple[Sequence[float], Sequence[float]] = (IMAGENET_DEFAULT_MEAN,
+                                                                      IMAGENET_DEFAULT_STD)) -> dict:
+    """What a file says beside its weights: the names of the classes, the mode, the preprocessing in timm's terms, with
+    the `statistics` (mean, deviation) by which images are normalised, and those of the run's settings `args` that
+    --eval takes."""
+    mean, std = statistics
     settings = ("model", "input_size", "data_set", "inat_category", "keep_ratio")
-    return {"classes": list(classes), "mode": mode, "mean": list(IMAGENET_DEFAULT_MEAN),
-            "std": list(IMAGENET_DEFAULT_STD), "interpolation": "bicubic", "crop_pct": crop_pct,
+    return {"classes": list(classes), "mode": mode, "mean": list(mean), "std": list(std),
+            "interpolation": "bicubic", "crop_pct": crop_pct,
             "input_size": [3, args.input_size, args.input_size],
             "args": {name: getattr(args, name) for name in settings}}
 

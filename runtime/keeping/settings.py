@@ -6,6 +6,7 @@ default.
 """
 import argparse
 import json
+import os
 import zlib
 from typing import Callable, List, Optional, Set
 
@@ -61,6 +62,11 @@ def combine(args: argparse.Namespace, given: Set[str], checkpoint: Optional[Chec
     return argparse.Namespace(**dict(vars(args), **taken))
 
 
+def other_folder(checkpoint: Checkpoint, folder: str) -> bool:
+    """Whether `checkpoint` comes from elsewhere than `folder`, whose files are then another run's."""
+    return os.path.realpath(os.path.dirname(checkpoint.path)) != os.path.realpath(folder)
+
+
 def anew(checkpoint: Checkpoint) -> str:
     """How a run starts in place of going on with `checkpoint`, behind "start anew"."""
     return " in another --output_dir" if checkpoint.flag == "--resume auto" else " with --finetune"
@@ -75,9 +81,11 @@ def micro_batches(args: argparse.Namespace, given: Set[str], checkpoint: Optiona
     """
     saved = {} if checkpoint is None or args.eval else checkpoint.recipe()
     before, whole = saved.get("processes"), saved.get("global_batch")
-    if not before or not whole or before == processes or args.batch_size != saved.get("batch_size") \
+    if not before or not whole or args.batch_size != saved.get("batch_size") \
             or "accum_steps" in given and args.accum_steps != saved.get("accum_steps"):
         return args.accum_steps
+    if before == processes:  # it may have made up for others already
+        return saved.get("micro_batches", args.accum_steps)
     count, rest = divmod(whole, processes * args.batch_size)
     if rest or not count:
         return args.accum_steps
@@ -110,6 +118,20 @@ def places_in(checkpoint: Checkpoint, classes: List[str]) -> Optional[List[int]]
     return None if own is None or own == classes else checkpoint.places_of(classes)
 
 
+def labels_sum(data) -> int:
+    """What tells the labels of a data set's images, in their order, from others."""
+    return zlib.crc32(np.asarray(data.labels, dtype=np.int64))
+
+
+def pictures_sum(data) -> int:
+    """What tells a data set's pictures from others: their labels and, where they are files, their names without
+    folders, so that archives of the same files have the same."""
+    found = labels_sum(data)
+    for name in getattr(data, "names", ()):
+        found = zlib.crc32(os.fsencode(os.path.basename(name)), found)
+    return found
+
+
 # what may differ from process to process
 _OWN = {
     "data_path", "device_id", "dist_url", "export_weights", "finetune", "index_cache", "local_rank", "num_workers",
@@ -121,7 +143,7 @@ def need_same_everywhere(settings: dict, data, agreement: Agreement):
     set."""
     own = {flag_name(name): value for name, value in settings.items() if name not in _OWN}
     own.update({"the number of training images": len(data), "the names of the classes": list(data.classes),
-                "the labels of the images": zlib.crc32(np.asarray(data.labels, dtype=np.int64))})
+                "the labels of the images": labels_sum(data)})
     texts = agreement.texts(json.dumps(own, default=str))
     for rank, text in enumerate(texts):
         if text != texts[0]:

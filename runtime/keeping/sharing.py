@@ -8,7 +8,7 @@ from typing import Callable, Optional
 import torch
 
 from ..machine.agreement import Agreement
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, file_hash
 from .unpickling import load_tensors
 
 
@@ -17,10 +17,11 @@ def _fingerprint(checkpoint: Optional[Checkpoint]) -> str:
     if checkpoint is None:
         return "no checkpoint"
     content, digest = checkpoint.content, hashlib.sha256()
-    state = content.get("model")
-    for name, tensor in sorted(state.items()) if isinstance(state, dict) else ():
-        if isinstance(tensor, torch.Tensor):
-            digest.update(name.encode() + tensor.contiguous().view(-1).numpy().tobytes())
+    if "program" in content:
+        digest.update(file_hash(checkpoint.path).encode())
+    else:
+        for name, tensor in sorted(checkpoint.weights().items()):
+            digest.update(name.encode() + tensor.detach().double().contiguous().numpy().tobytes())
     epoch, progress = content.get("epoch"), content.get("progress") or {}
     where = "the end of epoch {}".format(epoch) if not progress else "epoch {}, image {}".format(
         epoch + 1 if isinstance(epoch, int) else epoch, progress.get("images"))
@@ -36,7 +37,7 @@ def same_for_all(load: Callable[[], Optional[Checkpoint]], agreement: Agreement,
     checkpoint = agreement.all_done(load)
     if agreement.alone:
         return checkpoint
-    found = agreement.texts(_fingerprint(checkpoint))
+    found = agreement.texts(agreement.all_done(lambda: _fingerprint(checkpoint)))
     if all(one == found[0] for one in found):
         return checkpoint
     other = next(rank for rank, one in enumerate(found) if one != found[0])

@@ -65,7 +65,7 @@ class TrainingState:
         """Writes checkpoint.pth, before it best_checkpoint.pth for an epoch that is the `best` so far, and log.txt
         after it. Raises SaveFailed."""
         folder, content = self.settings["output_dir"], self.checkpoint()
-        if best:
+        if best or self.progress is None and not os.path.exists(os.path.join(folder, BEST)):  # a new machine's disk
             save_checkpoint(content, os.path.join(folder, BEST))
         save_newest(content, folder)
         self.write_log()
@@ -96,8 +96,9 @@ class TrainingState:
 
     # ------------------------------------------------------------------------------------------------- going on
 
-    def restore(self, checkpoint: Optional[Checkpoint], given_start_epoch: bool, say: Callable):
+    def restore(self, checkpoint: Optional[Checkpoint], given_start_epoch: bool, new_folder: bool, say: Callable):
         """Goes on where `checkpoint` ends, or at the epoch that the command line asks for; without one at the start.
+        new_folder: what is the best so far begins anew, since the output folder has none of the checkpoint's run.
 
         The learning rate is what a run with these flags would have there. Raises UserError where it does not fit.
         """
@@ -111,9 +112,13 @@ class TrainingState:
             self._say_where(checkpoint, given_start_epoch, say)
         for entry in self.log:
             self.lr_scheduler.step(entry["epoch"], entry["test_acc1"])
-        if self.epoch and (not self.log or self.log[-1]["epoch"] !=
-                           self.epoch - 1) and self.settings["sched"] != "plateau":
-            self.lr_scheduler.step(self.epoch - 1)
+        if self.epoch and (not self.log or self.log[-1]["epoch"] != self.epoch - 1):
+            last = self.epoch - 1
+            # beyond its warm-up this one would want to know what was reached
+            self.lr_scheduler.step(
+                last if self.settings["sched"] != "plateau" else min(last, self.settings["warmup_epochs"]))
+        if new_folder:
+            self.max_accuracy = -1.0
 
     def _take_weights(self, checkpoint):
         content, learner, name = checkpoint.content, self.learner, self.settings["model"]
@@ -135,13 +140,14 @@ class TrainingState:
 
     def _take_place(self, content, given_start_epoch):
         self.log = [dict(entry) for entry in content.get("log", [])]
+        if given_start_epoch:
+            self.log = [entry for entry in self.log if entry["epoch"] < self.epoch]
         reached = [entry[self.settings["best_by"]] for entry in self.log if self.settings["best_by"] in entry]
         self.max_accuracy = max(reached) if self.log and reached else -1.0 if self.log else float(
             content.get("max_accuracy", self.max_accuracy))
         if content.get("control") is not None:
             self.control.load_state_dict(content["control"])
         if given_start_epoch or "epoch" not in content:
-            self.log = [entry for entry in self.log if entry["epoch"] < self.epoch]
             return
         self.epoch = int(content["epoch"]) + 1
         progress = content.get("progress")
@@ -158,6 +164,11 @@ class TrainingState:
                 return
             checkpoint.refuse("has finished epoch {} of {} already; raise --epochs to go on, or use --eval".format(
                 self.epoch, epochs))
+        before = checkpoint.recipe()
+        if "images" in before and any(before.get(name) != self.settings[name] for name in ("images", "labels_sum")):
+            say("Note: the checkpoint's run had {:,} training images and this one has {}: what is left of its epoch "
+                "has some of them twice and others not at all".format(before["images"], "others of that number"
+                if before["images"] == self.settings["images"] else "{:,}".format(self.settings["images"])))
         global_batch, processes = self.settings["global_batch"], self.settings["processes"]
         if saved.get("global_batch", global_batch) != global_batch:
             say("Note: the checkpoint's global batch was {}, this run's is {}: the order of the images is kept, but "

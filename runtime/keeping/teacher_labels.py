@@ -14,7 +14,7 @@ import torch
 
 from ..errors import UserError
 from .files import write_json, write_whole
-from .settings import IMPLIED, flag_name
+from .settings import IMPLIED, flag_name, pictures_sum
 
 SETTINGS = "settings.json"
 # what the images that the teacher sees depend on, and what is kept of its answer
@@ -25,15 +25,19 @@ DEPENDS_ON = ("data_set", "inat_category", "input_size", "batch_size", "seed", "
 
 
 WEIGHTS = "teacher_weights"  # the hash of the teacher's file, which only who writes labels has
+PICTURES = "pictures"  # settings.pictures_sum
 _WORDS = {"replicas": "processes x --accum-steps", "images": "the number of training images",
-          "num_classes": "the number of classes", WEIGHTS: "teacher weights of the SHA-256"}
+          "num_classes": "the number of classes", WEIGHTS: "teacher weights of the SHA-256",
+          PICTURES: "pictures whose names and labels have the checksum"}
 
 
-def label_settings(args, replicas: int, images: int, num_classes: int) -> dict:
-    """The settings of a run, as they stand in settings.json; files by their name alone."""
+def label_settings(args, replicas: int, data) -> dict:
+    """The settings of a run on the data set `data`, as they stand in settings.json; the teacher's file by its name
+    alone."""
     settings = {name: getattr(args, name) for name in DEPENDS_ON}
     settings["teacher_path"] = os.path.basename(settings["teacher_path"])
-    return dict(settings, replicas=replicas, images=images, num_classes=num_classes)
+    return dict(settings, replicas=replicas, images=len(data), num_classes=len(data.classes),
+                **{PICTURES: pictures_sum(data)})
 
 
 def _path(folder, epoch, replica):
@@ -123,7 +127,8 @@ def _compare(stored, settings, folder, flag):
     settings = json.loads(json.dumps(settings))  # tuples as lists
     stored = dict(IMPLIED, **stored)
     for name, value in settings.items():
-        if stored.get(name) != value and (name != WEIGHTS or name in stored):  # older labels do not say whose they are
+        # older labels do not say whose they are
+        if stored.get(name) != value and (name not in (WEIGHTS, PICTURES) or name in stored):
             raise UserError("{}: the labels in {} were written with {} {} and this run has {}; other crops or labels "
                             "belong to it".format(flag, folder, _WORDS.get(name) or flag_name(name), stored.get(name),
                                                   value))

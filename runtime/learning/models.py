@@ -74,6 +74,10 @@ def build_model(
         kwargs.update(img_size=img_size)
     try:
         model = create_model(name, pretrained=False, **kwargs)
+    except TypeError as error:
+        if "drop_path_rate" not in str(error):
+            raise
+        raise UserError("--drop-path: {} takes none; leave the flag out".format(name))
     except (ValueError, AssertionError) as error:
         raise UserError("{}: {}".format("--keep-ratio" if "keep ratio" in str(error)
                         else "--input-size {}".format(img_size), error))

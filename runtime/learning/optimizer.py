@@ -3,6 +3,7 @@ import argparse
 
 import torch
 from timm.optim import create_optimizer, create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler
 
 from fix_timm.optim_factory import add_weight_decay, npu_fused_adamw
 
@@ -40,6 +41,14 @@ def build_optimizer(args, model: torch.nn.Module, device: torch.device,
     return optimizer
 
 
+def build_schedule(args, optimizer: torch.optim.Optimizer):
+    """timm's schedule of learning rates by the flags `args`; its step(epoch, top-1) is called after every epoch."""
+    if args.sched == "plateau" and not args.warmup_epochs:
+        # timm takes epoch 0 for warm-up all the same, and would stay at its rate
+        args = argparse.Namespace(**dict(vars(args), warmup_lr=args.lr))
+    return create_scheduler(args, optimizer)[0]
+
+
 def _npu_adamw(args, model, amp_backend):
     sources = ("apex.optimizers",) if amp_backend == "apex" else ("torch_npu.optim", "apex.optimizers")
     groups = add_weight_decay(model, args.weight_decay, model.no_weight_decay()
@@ -62,7 +71,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict, model: t
         state = _grouped(state, optimizer, model)
     groups = state["param_groups"]
     if len(groups) == len(optimizer.param_groups):
-        groups = [dict(saved, **{name: value for name, value in own.items() if name != "params"})
+        kept = ("params", "lookahead_step")  # of which the second counts updates
+        groups = [dict(saved, **{name: value for name, value in own.items() if name not in kept or name not in saved})
                   for saved, own in zip(groups, optimizer.param_groups)]
     optimizer.load_state_dict(dict(state, param_groups=groups))
     for parameter, moments in optimizer.state.items():

@@ -1,6 +1,5 @@
 """Where the time of a few updates goes: a trace for Perfetto or MindStudio, and the most expensive operators."""
 import csv
-import glob
 import os
 import re
 from collections import Counter
@@ -46,6 +45,7 @@ class Profile:
         self.updates = updates
         self.device = device
         self.folder = folder
+        self._before = set(os.listdir(folder)) if os.path.isdir(folder) else set()  # another run's
         self.table = None  # (operator, calls, microseconds) of the most expensive ones, when the recording is over
         self._profiler = self._build()
 
@@ -73,7 +73,9 @@ class Profile:
     def _take_npu(self, profiler):
         _npu_profiler().tensorboard_trace_handler(self.folder)(profiler)
         calls, times = Counter(), Counter()
-        for path in glob.glob(os.path.join(self.folder, "*", "ASCEND_PROFILER_OUTPUT", "kernel_details.csv")):
+        paths = [os.path.join(self.folder, name, "ASCEND_PROFILER_OUTPUT", "kernel_details.csv")
+                 for name in sorted(set(os.listdir(self.folder)) - self._before)]
+        for path in filter(os.path.isfile, paths):
             with open(path, newline="") as f:
                 for row in csv.DictReader(f):
                     calls[row["Type"]] += 1

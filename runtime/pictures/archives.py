@@ -8,7 +8,7 @@ from typing import Callable, Iterator, List, NamedTuple, Tuple
 import numpy as np
 
 from ..errors import UserError
-from .folders import count_left_out
+from .folders import count_left_out, listed
 from .found import Found, Names, Places, Sign
 from .reading import Member, is_picture_name
 
@@ -20,13 +20,13 @@ _BLOCK = 512  # bytes
 
 def archive_names(root: str) -> List[str]:
     """The names of the tar archives in `root`, sorted."""
-    return sorted(entry.name for entry in os.scandir(root)
+    return sorted(entry.name for entry in listed(root)
                   if entry.name.endswith(".tar") and not entry.name.startswith(".") and entry.is_file())
 
 
 def compressed_names(root: str) -> List[str]:
     """The names of the files in `root` that look like compressed archives, which are not read, sorted."""
-    return sorted(entry.name for entry in os.scandir(root) if entry.name.lower().endswith(COMPRESSED)
+    return sorted(entry.name for entry in listed(root) if entry.name.lower().endswith(COMPRESSED)
                   and not entry.name.startswith(".") and entry.is_file())
 
 

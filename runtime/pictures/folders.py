@@ -10,9 +10,21 @@ from .found import Found, Names, Sign
 from .reading import is_picture_name
 
 
+def listed(folder: str) -> List[os.DirEntry]:
+    """What is in `folder`. Raises UserError where it cannot be read."""
+    try:
+        return list(os.scandir(folder))
+    except OSError as error:
+        _refuse_unreadable(error)
+
+
+def _refuse_unreadable(error):
+    raise UserError("--data-path: {} cannot be read ({})".format(error.filename, error.strerror))
+
+
 def class_names(root: str) -> List[str]:
     """The names of the class folders in `root`, sorted; those that begin with a dot are an editor's or a system's."""
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(entry.name for entry in listed(root) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def walk(root: str, classes: List[str], shown: Callable = lambda items: items) -> Found:
@@ -62,14 +74,14 @@ def count_left_out(left_out: Counter, file: str):
 
 def count_outside(root: str, of_what: str) -> Counter:
     """The pictures that lie in `root` itself, outside of what is read: as in a Found's left_out."""
-    outside = sum(is_picture_name(entry.name) and entry.is_file() for entry in os.scandir(root))
+    outside = sum(is_picture_name(entry.name) and entry.is_file() for entry in listed(root))
     return Counter({"outside " + of_what: outside} if outside else {})
 
 
 def _visible(top):
     """As visible_folders, with each folder's status from before its files were listed."""
     seen, statuses = set(), {top: os.stat(top)}
-    for folder, folders, files in os.walk(top, followlinks=True):
+    for folder, folders, files in os.walk(top, onerror=_refuse_unreadable, followlinks=True):
         status = statuses.pop(folder)
         if (status.st_dev, status.st_ino) in seen:  # a link back to a folder above
             folders[:] = []

@@ -19,6 +19,12 @@ def printable(value) -> str:
     return str(value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def label(value) -> str:
+    """`value` as matplotlib draws it as it is: no formula, and no name that a legend leaves out."""
+    drawn = printable(value).replace("$", r"\$")
+    return " " + drawn if drawn.startswith("_") else drawn
+
+
 def text(value) -> str:
     """`value` as it may stand in a page."""
     return html.escape(printable(value))

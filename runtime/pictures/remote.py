@@ -2,6 +2,7 @@
 import os
 import re
 import tarfile
+import time
 from typing import Optional
 from urllib.parse import quote, urlsplit
 
@@ -58,11 +59,25 @@ def _session():
 
 def _ask(method, url, **headers):
     """The response, with its content as the server has it. Raises RunFailed where none comes."""
-    try:
-        return _session().request(method, quote(url, safe="%/:=&?~#+!$,;'@()*[]"), timeout=TIMEOUT,
-                                  headers=dict({"Accept-Encoding": "identity"}, **headers))
-    except requests.RequestException as error:
-        raise RunFailed("--data-path: {} cannot be read ({})".format(url, _reason(error)))
+    for left in range(TRIES - 1, -1, -1):
+        try:
+            response = _session().request(method, quote(url, safe="%/:=&?~#+!$,;'@()*[]"), timeout=TIMEOUT,
+                                          headers=dict({"Accept-Encoding": "identity"}, **headers))
+            promised = response.headers.get("Content-Length", "")
+            # old versions of urllib3 do not mind
+            if method == "GET" and promised.isdigit() and len(response.content) < int(promised):
+                raise requests.exceptions.ChunkedEncodingError("the answer breaks off")
+            return response
+        except requests.exceptions.ChunkedEncodingError as error:  # which Retry leaves alone
+            if not left:
+                raise _unread(url, error)
+            time.sleep(0.5 * (TRIES - left))
+        except requests.RequestException as error:
+            raise _unread(url, error)
+
+
+def _unread(url, error):
+    return RunFailed("--data-path: {} cannot be read ({})".format(url, _reason(error)))
 
 
 def _reason(error):

@@ -202,7 +202,7 @@ def test_flags_hold_for_every_contender(tmp_path):
 def test_one_set_of_weights_at_many_speeds(tmp_path, student):
     """The trade between speed and accuracy, from one command."""
     path = student[0] + "/checkpoint.pth"
-    figures, out = measure(tmp_path, "inference", "--input-size", 96, "--keep-ratio", 1, 0.5, 0.2, "--compare",
+    figures, out = measure(tmp_path, "inference", "--input-size", 64, "--keep-ratio", 1, 0.5, 0.2, "--compare",
          "EvoLeViT_128S,fuse", "--resume", path, "--plot", tmp_path / "curve.html")
     rows = figures["rows"]
     assert [row["keep_ratio"] for row in rows] == [1, 0.5, 0.2] and {row["model"]
@@ -231,6 +231,13 @@ def test_one_set_of_weights_at_many_speeds(tmp_path, student):
     (["inference", "--compare", "EvoLeViT_128S,published=here"], "published takes no value"),
     (["train", "--compare", "EvoLeViT_128S,teacher-precision"], "teacher-precision needs a value"),
     (["train", "--compare", "EvoLeViT_128S,stored,teacher-precision=int8"], "has no effect beside stored"),
+    (["train", "--compare", "EvoLeViT_128S,plain,stored"], "stored has no effect beside plain"),
+    (["inference", "--compare", "EvoLeViT_128S,dense,keep=0.5"], "keep has no effect beside dense"),
+    (["report", "--rounds", "3"], "--rounds has no effect on report here"),
+    (["inference", "--quick"], "--quick has no effect on inference here"),
+    (["breakdown", "--batch-size", "2", "4"], "on breakdown here; leave it out, or give one value"),
+    (["inference", "--data-path", "x"], "--data-path has no effect on inference here"),
+    (["inference", "--keep-ratio", "1", "0.5", "--resume", "x", "--input-size", "64", "96"], "one --input-size"),
     (["train", "--compare", "EvoLeViT_128S,plain,compile"], "compile has no effect beside plain"),
     (["train", "--compare", "EvoLeViT_128S,teacher=none,teacher-size=64"], "teacher=none has no teacher to run"),
     (["inference", "--compare", "regnety_002,published"], "has Evo-LeViT and Evo-DeiT"),
@@ -346,3 +353,13 @@ def test_the_cost_of_a_data_set_without_its_pictures(tmp_path):
     for row in rows:
         assert 0 < row["open_s"] < row["first_batch_s"] and row["worker_pictures"] == 2048
         assert row["main_mib"] < 50 and row["worker_grows_mib"] < 20
+
+
+def test_the_accuracy_of_one_model_does_not_stand_beside_the_speed_of_another(student, capsys):
+    for more, sentence in (
+            ([], "is of EvoLeViT_128S at 64 pixels and the contender is EvoLeViT_256 at 224"),
+            (["--compare", "EvoLeViT_128S", "--input-size", "96"], "the contender is EvoLeViT_128S at 96")):
+        with pytest.raises(SystemExit):
+            benchmark.main(["inference", "--device", "cpu", "--keep-ratio", "0.5", "--resume",
+                            student[0] + "/checkpoint.pth"] + more)
+        assert sentence in capsys.readouterr().err

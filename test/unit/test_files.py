@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import main
+from datasets import build_transform
 from evo_vit import evo_levit
 from runtime.errors import SaveFailed, UserError
 from runtime.keeping import checkpoint as checkpoints
@@ -145,9 +146,7 @@ def test_a_data_set_of_another_program_is_not_ours():
         return checkpoints.Checkpoint({"model": {}, "args": args}, "file.pth", "--resume").settings()
     assert said(data_set="CIFAR10", model="deit_tiny_patch16_224") == {"model": "deit_tiny_patch16_224"}
     assert said(data_set="INAT19") == {"data_set": "INAT19"}
-    assert said(data_set="DIGITS", global_batch=8) == {"global_batch": 8}  # ours say more of the run
-    whole = checkpoints.Checkpoint({"log": [], "args": dict(data_set="DIGITS", global_batch=8)}, "file.pth", "--resume")
-    assert whole.settings()["data_set"] == "DIGITS"
+    assert said(data_set="DIGITS") == {"data_set": "DIGITS"}  # as export.py's files say
 
 
 def test_a_flipped_bit_in_a_tensor_is_found(good, tmp_path):
@@ -374,3 +373,37 @@ def test_evaluation_over_processes_counts_as_one_process_does(processes, tmp_pat
     for name in ("acc1", "acc5", "images"):
         assert together[name] == alone[name]
     assert abs(together["loss"] / alone["loss"] - 1) < 1e-6 and alone["images"] == 61
+
+
+@pytest.mark.parametrize("place", ["", "class"])
+def test_a_folder_that_cannot_be_read_is_named(place, digit_folder, monkeypatch):
+    """Root may read everything, so the system's refusal is made here."""
+    from runtime.pictures import folders
+    refused = os.path.join(digit_folder, "train", "digit3") if place else os.path.join(digit_folder, "train")
+    scandir = os.scandir
+
+    def scan(path):
+        if os.path.normpath(path) == os.path.normpath(refused):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    root = os.path.join(digit_folder, "train")
+    with pytest.raises(UserError, match="--data-path: {}.* cannot be read .Permission denied".format(refused)):
+        folders.walk(root, folders.class_names(root))
+
+
+def test_a_fingerprint_sees_weights_wherever_they_lie():
+    from runtime.keeping.sharing import _fingerprint
+    own = {"a": torch.ones(3), "b": torch.ones(2, dtype=torch.bfloat16)}
+    other = dict(own, a=torch.tensor([1.0, 1.0, 2.0]))
+    for wrap in (lambda state: {"model": state}, lambda state: {"state_dict": state}, lambda state: state):
+        one, two = (_fingerprint(checkpoints.Checkpoint(wrap(state), "x.pth", "--resume")) for state in (own, other))
+        assert one != two and one == _fingerprint(checkpoints.Checkpoint(wrap(dict(own)), "x.pth", "--resume"))
+
+
+def test_small_pictures_of_a_data_set_stay_as_they_are_and_others_are_made_so():
+    transform = build_transform(False, "CIFAR", 32)
+    pixels = np.random.RandomState(0).randint(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(transform(Image.fromarray(pixels))[0].numpy(), pixels)
+    assert tuple(transform(Image.new("RGB", (640, 480)))[0].shape) == (32, 32, 3)

@@ -15,7 +15,7 @@ from datasets import Augmentation, build_dataset, build_transform
 from flags import get_args_parser, parse_args
 from runtime.keeping.settings import micro_batches
 from runtime.learning.average import ModelEma
-from runtime.learning.optimizer import build_optimizer
+from runtime.learning.optimizer import build_optimizer, build_schedule
 from runtime.machine.machine import Machine
 from runtime.machine.processes import read_world
 
@@ -59,7 +59,7 @@ def rates(*flags, **metric):
     """The learning rate of each epoch that a run with these flags has."""
     args = args_of(*flags)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
-    scheduler, _ = main.create_scheduler(args, optimizer)
+    scheduler = build_schedule(args, optimizer)
     found = []
     for epoch in range(args.epochs):
         found.append(optimizer.param_groups[0]["lr"])
@@ -80,6 +80,7 @@ def test_the_schedules_follow_their_flags():
     falling = rates("--sched", "plateau", "--patience-epochs", 1, "--cooldown-epochs", 0, "--decay-rate", 0.5, *BASE)
     patient = rates("--sched", "plateau", "--patience-epochs", 9, "--cooldown-epochs", 0, "--decay-rate", 0.5, *BASE)
     assert falling[-1] < patient[-1]
+    assert rates("--sched", "plateau", *BASE + ["--warmup-epochs", 0])[:4] == [1.0] * 4
     noisy = rates("--lr-noise", 0.3, 0.9, "--lr-noise-pct", 0.5, "--lr-noise-std", 0.2, *BASE)
     assert noisy[2] == cosine[2] and noisy[5] != cosine[5] and abs(noisy[5] / cosine[5] - 1) <= 0.5
 
@@ -313,3 +314,12 @@ def test_other_processes_keep_the_global_batch_by_accumulation(processes, flags,
     kept = processes != 8 and args.batch_size * processes * expected == 128
     assert len(said) == kept and (not kept or "keeps the global batch of 128" in said[0])
     assert micro_batches(args, given, None, processes, said.append) == args.accum_steps
+
+
+def test_a_run_that_goes_on_twice_with_fewer_processes_keeps_its_global_batch():
+    args, given = parse_args(["--batch-size", "8"])
+    saved = {"processes": 8, "batch_size": 8, "accum_steps": 1, "global_batch": 64}
+    for processes, expected in ((1, 8), (1, 8), (2, 4), (2, 4), (8, 1)):
+        found = micro_batches(args, given, argparse.Namespace(recipe=lambda: saved), processes, lambda text: None)
+        assert found == expected
+        saved = dict(saved, processes=processes, micro_batches=found)  # what that run's checkpoints say

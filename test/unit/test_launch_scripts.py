@@ -329,3 +329,23 @@ def test_hccl_gives_up_when_the_job_does(minutes, own, expected, monkeypatch):
             monkeypatch.delenv(name)
     agree_on_timeouts(timedelta(minutes=minutes))
     assert tuple(os.environ[name] for name in names) == expected
+
+
+def test_an_evaluation_shows_its_own_figures(checkout, digit_folder, student):
+    shutil.copytree(student[0], str(checkout / "save"))
+    code, out, err = launch(checkout, "train_full_1P", "--data_path=" + digit_folder, "--batch-size=32", "--model",
+                            "EvoLeViT_128S", "--input-size=64", "--", "--eval")
+    assert code == 0 and "Acc@1" in out and "Final" not in out, out + err
+
+
+def test_a_second_run_does_not_take_the_logs_of_the_first(checkout, digit_folder):
+    lock = checkout / "test" / "output" / "0.lock"
+    (checkout / "test" / "output" / "0").mkdir(parents=True)
+    (checkout / "test" / "output" / "0" / "train_0.log").write_text("of the first")
+    for owner, apart in ((os.getpid(), True), (2 ** 22 + 1, False)):  # a process that runs, and none
+        lock.write_text("{}\n".format(owner))
+        code, out, err = launch(checkout, "train_full_1P", "--data_path=" + digit_folder, "--batch-size=32", *TINY)
+        assert code == 2 and "--teacher-path" in err
+        assert ("logs to test/output/0; this one's logs go to test/output/0." in out) == apart, out
+        assert ("The logs of an earlier run now lie in test/output/0.previous-1" in out) == (not apart)
+    assert not lock.exists()

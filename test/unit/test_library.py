@@ -109,3 +109,36 @@ def test_the_readmes_ten_lines_run_on_an_installed_package(student, tmp_path):
     accuracy = float(re.search(r"([\d.]+) *%", out).group(1))
     print(out)
     assert accuracy > 20  # of a student that has seen 16 batches; the quickstart's reaches 98
+
+
+def test_timms_layer_decay_knows_how_deep_a_parameter_lies():
+    for name, blocks in (("EvoLeViT_128S", 9), ("evo_deit_tiny_patch16_224", 12)):
+        model = timm.create_model(name, num_classes=7, img_size=112)
+        matcher = model.group_matcher()
+        named = [parameter for parameter, _ in model.named_parameters()]
+        stem = {p for p in named if re.search(matcher["stem"], p)}
+        places = {}
+        for parameter in set(named) - stem:
+            found = next((re.search(pattern, parameter) for pattern, _ in matcher["blocks"]
+                          if re.search(pattern, parameter)), None)
+            places.setdefault(int(found.group(1)) if found and found.groups() else None, []).append(parameter)
+        assert all(parameter.startswith(("head", "norm")) for parameter in places.pop(None))
+        assert "cls_token" in stem and sorted(places) == list(range(len(places))) and len(places) >= blocks
+        if name.startswith("evo_deit"):
+            assert {parameter.split(".")[0] for parameter in places[11]} == {"blocks", "qks", "vs", "norms", "projs"}
+
+
+@torch.no_grad()
+def test_new_heads_are_in_the_models_mode_and_full_blocks_are_counted_over_stages():
+    model = small().eval()
+    model.reset_classifier(3)
+    assert model(torch.randn(1, 3, 112, 112)).shape == (1, 3)
+    full = [block.full for block in small(full_blocks=4).blocks if hasattr(block, "full")]
+    assert full == [True] * 4 + [False] * 5
+    modules = dict(model.named_modules())
+    seen = []
+    for info in model.feature_info:
+        modules[info["module"]].register_forward_hook(lambda module, inputs, output: seen.append(
+            (output if isinstance(output, torch.Tensor) else output[0]).shape))
+    model(torch.randn(1, 3, 112, 112))
+    assert [tuple(shape) for shape in seen] == [(1, 50, 128), (1, 17, 256), (1, 5, 384)]

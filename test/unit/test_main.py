@@ -144,3 +144,25 @@ def test_a_first_epoch_leaves_a_best_checkpoint(tmp_path):
                      "--lr", 1e-9, "--output_dir", out,
                      small=["--device", "cpu", "--num_workers", "0", "--input-size", "64", "--batch-size", "20"])
     assert (out / "best_checkpoint.pth").exists()
+
+
+def test_a_checkpoint_from_elsewhere_leaves_the_run_that_is_there(student, digit_folder, teacher, tmp_path):
+    """Its files move aside, and the best of the new ones is kept whatever the checkpoint's run had reached."""
+    out = str(tmp_path / "out")
+    shutil.copytree(student[0], out)
+    content = torch.load(os.path.join(student[0], "checkpoint.pth"), map_location="cpu")
+    content["log"][-1]["test_acc1"] = 100.0  # no epoch is better
+    content["args"].update(images=999, labels_sum=1)
+    elsewhere = str(tmp_path / "elsewhere.pth")
+    torch.save(content, elsewhere)
+    printed = commands.succeed("--resume", elsewhere, "--teacher-path", teacher, "--data-path", digit_folder,
+                               "--epochs", 3, "--output_dir", out)
+    assert "Note: the checkpoint's run had 999 training images and this one has 260" in printed
+    assert read_log(os.path.join(out, "previous-1")) == read_log(student[0])
+    best = torch.load(os.path.join(out, "best_checkpoint.pth"), map_location="cpu")
+    assert best["epoch"] == 2 and [entry["epoch"] for entry in best["log"]] == [0, 1, 2]
+    with open(os.path.join(out, "summary.json")) as f:
+        summary = json.load(f)
+    log = read_log(out)
+    assert summary["updates"] == sum(entry["updates"] for entry in log) == 3 * log[0]["updates"]
+    assert summary["seconds"] >= sum(entry["seconds"] for entry in log)

@@ -1,10 +1,14 @@
 """The optimiser's state moves between runs that compute alike in different ways."""
 import argparse
+import copy
 
 import pytest
 import torch
 
+from engine import Learner
+from losses import DistillationLoss
 from runtime.learning.optimizer import build_optimizer, load_optimizer_state
+from runtime.machine.machine import Machine
 from runtime.machine.versions import fused_adamw
 
 ARGS = argparse.Namespace(opt="adamw", lr=0.1, weight_decay=0.0, opt_eps=1e-8, opt_betas=None, momentum=0.9)
@@ -78,3 +82,30 @@ def test_decay_starts_and_ends_in_a_resumed_run_and_a_state_of_one_group_is_read
             assert {group["weight_decay"] for group in resumed.param_groups} == {0.0, decay}
             found = moments(other, resumed)
             assert set(found) == set(names) and all(torch.equal(found[name], names[name]) for name in names)
+
+
+def test_a_counter_in_the_groups_goes_on_and_what_flags_say_does_not():
+    model, optimizer = trained(1, False)
+    optimizer.param_groups[0].update(lookahead_step=4, lr=0.5)
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.param_groups[0].update(lookahead_step=0, lr=0.1)
+    load_optimizer_state(optimizer, state, model)
+    assert (optimizer.param_groups[0]["lookahead_step"], optimizer.param_groups[0]["lr"]) == (4, 0.1)
+
+
+def test_an_update_that_is_left_out_leaves_no_trace_in_the_statistics():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(),
+                                torch.nn.Linear(4 * 6 * 6, 2))
+    criterion = DistillationLoss(torch.nn.CrossEntropyLoss(), None, "none", 0.0, 1.0)
+    learner = Learner(model, criterion, build_optimizer(ARGS, model, torch.device("cpu")),
+                      Machine(torch.device("cpu")), may_skip=True)
+    labels = torch.tensor([0, 1])
+
+    def update(images, allowed):
+        learner.update([(images, labels, None)], lambda loss: allowed)
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    first = update(torch.randn(2, 3, 8, 8), True)
+    after = update(torch.full((2, 3, 8, 8), float("inf")), False)
+    assert all(torch.equal(first[name], after[name]) for name in first) and torch.isfinite(after["1.running_var"]).all()
+    assert not torch.equal(first["1.running_mean"], update(torch.randn(2, 3, 8, 8), True)["1.running_mean"])

@@ -1,7 +1,9 @@
 """Stored teacher labels give the training that the live teacher gives on the same crops."""
+import argparse
 import json
 import os
 import shutil
+import sys
 from multiprocessing.pool import ThreadPool
 
 import commands
@@ -11,6 +13,7 @@ import torch
 
 import main
 from runtime.errors import UserError
+from runtime.keeping.settings import pictures_sum
 from runtime.keeping.state import Done
 from runtime.keeping.teacher_labels import WEIGHTS, LabelWriter, TeacherLabels
 from runtime.pictures.batches import TrainingView, collate
@@ -113,6 +116,10 @@ def test_labels_of_another_teacher_of_that_name_are_not_added(tmp_path):
             with pytest.raises(UserError, match="written with teacher weights of the SHA-256 a1 and this run has b2"):
                 LabelWriter(folder, dict(own, **{WEIGHTS: "b2"}))
         assert TeacherLabels(folder, own).epochs == 1
+    writer = LabelWriter(str(tmp_path / "pictures"), dict(own, pictures=1))
+    writer.write(0, 0, [torch.arange(4)])
+    with pytest.raises(UserError, match="pictures whose names and labels have the checksum 1 and this run has 2"):
+        TeacherLabels(writer.folder, dict(own, pictures=2))
     with pytest.raises(UserError, match="written with processes x --accum-steps 1 and this run has 8"):
         TeacherLabels(folder, dict(own, replicas=8))
 
@@ -163,9 +170,9 @@ def test_labels_that_do_not_belong_to_the_run_are_refused(labels, digit_folder, 
     with open(os.path.join(labels, "settings.json")) as f:
         path = json.load(f)["teacher_path"]
     for flags, sentence in (
-            ([labels, "--seed", 5], "were written with seed 0 and this run has 5"),
-            ([labels, "--mixup", 0.5], "were written with mixup 0.8"),
-            ([labels, "--batch-size", 16], "batch_size 32 and this run has 16"),
+            ([labels, "--seed", 5], "were written with --seed 0 and this run has 5"),
+            ([labels, "--mixup", 0.5], "were written with --mixup 0.8"),
+            ([labels, "--batch-size", 16], "--batch-size 32 and this run has 16"),
             ([tmp_path / "none"], "settings.json cannot be read"),
             ([empty], "has no whole epoch of labels"),
             ([cut], "write it again"),
@@ -177,3 +184,32 @@ def test_labels_that_do_not_belong_to_the_run_are_refused(labels, digit_folder, 
                 "--teacher-labels"] + flags])
         err = capsys.readouterr().err
         assert end.value.code == 2 and sentence in err and err.count("\n") == 1, err
+
+
+def test_pictures_are_told_apart_by_names_and_labels_wherever_they_lie():
+    def pictures(names, labels):
+        return pictures_sum(argparse.Namespace(names=names, labels=labels))
+    own = pictures(["a/1.jpg", "b/2.jpg"], [0, 1])
+    assert own == pictures(["train.tar/1.jpg", "train.tar/2.jpg"], np.array([0, 1]))
+    assert len({own, pictures(["a/2.jpg", "b/1.jpg"], [0, 1]), pictures(["a/1.jpg", "b/2.jpg"], [1, 0])}) == 3
+    assert pictures_sum(argparse.Namespace(labels=[0, 1])) != own  # no files
+
+
+def test_labels_of_many_damaged_pictures_are_refused_and_of_few_told(digit_folder, teacher, tmp_path):
+    data = str(tmp_path / "data")
+    shutil.copytree(digit_folder, data)
+    for digit in (2, 7):
+        name = sorted(os.listdir(os.path.join(data, "train", "digit{}".format(digit))))[0]
+        with open(os.path.join(data, "train", "digit{}".format(digit), name), "wb") as f:
+            f.write(b"no picture")
+    flags = ["--data-path", data, "--teacher-path", teacher, "--epochs", 1, "--no-repeated-aug"] + RECIPE
+    printed = commands.succeed("--write-teacher-labels", tmp_path / "few", *flags)
+    assert "Note: 2 damaged pictures, named above, have the labels of those that take their places" in printed
+    code, out, err = commands.run([sys.executable, commands.MAIN] + commands.SMALL + flags + ["--write-teacher-labels",
+        tmp_path / "many", "--max-bad-images", 1])
+    assert code == 1 and "2 picture files cannot be decoded and --max-bad-images allows 1" in err, err
+
+
+def test_labels_are_written_also_where_this_loss_would_not_use_them(digit_folder, teacher, tmp_path):
+    write(digit_folder, teacher, tmp_path / "labels", "--epochs", 1, "--distillation-alpha", 0)
+    assert np.load(str(tmp_path / "labels" / "epoch-0000-replica-0000.npy")).shape == (256,)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import export
 import main as recipe
 import predict
 import report
@@ -20,6 +21,7 @@ from evo_vit import EvoLeViT
 from runtime.keeping.checkpoint import load_checkpoint
 from runtime.keeping.restore import restore_evo
 from runtime.learning.models import build_model
+from runtime.pictures import page
 from runtime.pictures.gallery import Picture, photographs, to_batch
 from runtime.pictures.reading import load_picture
 
@@ -147,6 +149,37 @@ def test_visualize_shows_validation_pictures_unless_others_are_named(checkpoint,
         "0 (class digit0)", "20 (class digit3)", "40 (class digit6)"]
     assert "--data-path: there is no folder" in refused(
         visualize.main, "--resume", checkpoint, "--data-path", tmp_path / "no", "--output_dir", out)
+    for flags in (["--data-path", tmp_path], ["--count", 3]):
+        assert flags[0] + " is for validation pictures" in refused(visualize.main, "a.png", *flags)
+
+
+def test_a_checkpoint_of_digits_is_shown_whole_pictures_by_every_file_that_is_made_of_it(student, tmp_path, refused):
+    pytest.importorskip("safetensors", reason="safetensors is not installed")
+    content = torch.load(os.path.join(student[0], "best_checkpoint.pth"), map_location="cpu")
+    content["args"].update(data_set="DIGITS", data_path=None)
+    own = tmp_path / "digits-20261126.pth"  # a day, no hash
+    torch.save(content, str(own))
+    export.main(["--resume", str(own), "--format", "safetensors"])
+    for path in (own, tmp_path / "digits-20261126.safetensors"):
+        restored = restore_evo(str(path))
+        assert restored.data_set == "DIGITS" and "CenterCrop" not in str(build_transform(False, restored.data_set, 64))
+    assert "is not read: the data set here is DIGITS" in refused(visualize.main, "--resume", own, "--data-path",
+                                                                 tmp_path)
+    del content["log"], content["amp_backend"]
+    torch.save(dict(content, mean=[0.5] * 3, std=[0.5] * 3, args={"model": "EvoLeViT_128S"}), str(own))
+    assert "wants images normalised by mean (0.5, 0.5, 0.5)" in refused(
+        export.main, "--resume", own, "--format", "torchscript", "--input-size", 64)
+
+
+def test_names_are_drawn_as_they_are():
+    from matplotlib.figure import Figure
+    figure = Figure()
+    axis = figure.subplots()
+    for name in ("_old", "a$_$b", "caf\udce9", "$"):
+        axis.plot([0, 1], [0, 1], label=page.label(name))
+    axis.legend()
+    text = page.draw(figure, "svg").decode()
+    assert "_old" in text and "a$_$b" in text
 
 
 @pytest.mark.parametrize("stage_wise", [True, False])
