@@ -251,7 +251,7 @@ def started(checkout, digit_folder, *arguments):
         universal_newlines=True, start_new_session=True)
     log = checkout / "test" / "output" / "0" / "train_0.log"
     end = time.time() + 120
-    while time.time() < end and not (log.exists() and "Epoch 0" in log.read_text()):
+    while time.time() < end and not (log.exists() and re.search(r"^Epoch: \[", log.read_text(), re.M)):
         assert process.poll() is None, process.communicate()
         time.sleep(0.2)
     assert len(processes_of(checkout / "save")) == 2
