@@ -151,7 +151,8 @@ def test_training_step_memory_and_breakdown(tmp_path):
                          "EvoLeViT_128S,teacher=regnety_002,teacher-precision=int8"])
     small, none, int8 = figures["rows"]
     assert int8["gflops"] == plain["gflops"]
-    assert plain["gflops"] > small["gflops"] > stored["gflops"] == none["gflops"]
+    assert plain["gflops"] > small["gflops"] > stored["gflops"] > none["gflops"]
+    assert stored["gflops"] == pytest.approx(none["gflops"], rel=0.03)  # it has the teacher's heads
     figures, _ = measure(tmp_path, "breakdown", "--input-size", 64, "--compare", "EvoLeViT_128S,teacher=regnety_002")
     shares = {row["part"]: row["share"] for row in figures["rows"]}
     assert set(shares) == {"data (one core)", "transfer, normalisation", "teacher forward", "student forward", "loss",

@@ -271,5 +271,5 @@ def test_stored_labels_of_the_other_backend_are_refused():
     from runtime.keeping.teacher_labels import _compare
     _compare({"seed": 0}, {"seed": 0, "image_backend": "pillow"}, "folder", "--teacher-labels")  # of before the flag
     for stored in ({"seed": 0}, {"seed": 0, "image_backend": "pillow"}):
-        with pytest.raises(UserError, match="image_backend pillow and this run has fast"):
+        with pytest.raises(UserError, match="--image-backend pillow and this run has fast"):
             _compare(stored, {"seed": 0, "image_backend": "fast"}, "folder", "--teacher-labels")
