@@ -14,7 +14,7 @@ import torch
 
 from ..errors import UserError
 from .files import write_json, write_whole
-from .settings import IMPLIED, flag_name, pictures_sum
+from .settings import IMPLIED, flag_name, labels_sum, pictures_sum
 
 SETTINGS = "settings.json"
 # what the images that the teacher sees depend on, and what is kept of its answer
@@ -25,10 +25,10 @@ DEPENDS_ON = ("data_set", "inat_category", "input_size", "batch_size", "seed", "
 
 
 WEIGHTS = "teacher_weights"  # the hash of the teacher's file, which only who writes labels has
-PICTURES = "pictures"  # settings.pictures_sum
+PICTURES, LABELS = "pictures", "labels"  # settings.pictures_sum and labels_sum
 _WORDS = {"replicas": "processes x --accum-steps", "images": "the number of training images",
           "num_classes": "the number of classes", WEIGHTS: "teacher weights of the SHA-256",
-          PICTURES: "pictures whose names and labels have the checksum"}
+          PICTURES: "the checksum of names", LABELS: "labels of the checksum"}
 
 
 def label_settings(args, replicas: int, data) -> dict:
@@ -37,7 +37,7 @@ def label_settings(args, replicas: int, data) -> dict:
     settings = {name: getattr(args, name) for name in DEPENDS_ON}
     settings["teacher_path"] = os.path.basename(settings["teacher_path"])
     return dict(settings, replicas=replicas, images=len(data), num_classes=len(data.classes),
-                **{PICTURES: pictures_sum(data)})
+                **{PICTURES: pictures_sum(data), LABELS: labels_sum(data)})
 
 
 def _path(folder, epoch, replica):
@@ -126,9 +126,11 @@ def _read_settings(folder, flag):
 def _compare(stored, settings, folder, flag):
     settings = json.loads(json.dumps(settings))  # tuples as lists
     stored = dict(IMPLIED, **stored)
+    if str(stored.get(PICTURES)).split()[:2] != str(settings.get(PICTURES)).split()[:2]:
+        stored[PICTURES] = settings.get(PICTURES)  # the same pictures have other names in archives
     for name, value in settings.items():
         # older labels do not say whose they are
-        if stored.get(name) != value and (name not in (WEIGHTS, PICTURES) or name in stored):
+        if stored.get(name) != value and (name not in (WEIGHTS, PICTURES, LABELS) or name in stored):
             raise UserError("{}: the labels in {} were written with {} {} and this run has {}; other crops or labels "
                             "belong to it".format(flag, folder, _WORDS.get(name) or flag_name(name), stored.get(name),
                                                   value))

@@ -37,8 +37,8 @@ def log(folder):
 
 
 def test_the_published_recipe_of_the_family_is_the_default(trained):
-    assert trained[1].startswith("Published recipe of {}: --distillation-type none, --clip-grad 0.0, --weight-decay "
-        "0.05\n".format(NAME))
+    assert trained[1].startswith("Published recipe of {}: --distillation-type none, --clip-grad 0.0, --clip-mode norm, "
+                                 "--weight-decay 0.05\n".format(NAME))
     assert "reached with a global batch of 2048 and 300 epochs" in trained[1]
     with open(os.path.join(trained[0], "args.json")) as f:
         args = json.load(f)

@@ -116,10 +116,13 @@ def test_labels_of_another_teacher_of_that_name_are_not_added(tmp_path):
             with pytest.raises(UserError, match="written with teacher weights of the SHA-256 a1 and this run has b2"):
                 LabelWriter(folder, dict(own, **{WEIGHTS: "b2"}))
         assert TeacherLabels(folder, own).epochs == 1
-    writer = LabelWriter(str(tmp_path / "pictures"), dict(own, pictures=1))
+    writer = LabelWriter(str(tmp_path / "pictures"), dict(own, pictures="in folders 1", labels=3))
     writer.write(0, 0, [torch.arange(4)])
-    with pytest.raises(UserError, match="pictures whose names and labels have the checksum 1 and this run has 2"):
-        TeacherLabels(writer.folder, dict(own, pictures=2))
+    assert TeacherLabels(writer.folder, dict(own, pictures="in archives 2", labels=3)).epochs == 1
+    for pictures, labels, sentence in (("in folders 2", 3, "with the checksum of names in folders 1 and this run has"),
+                                       ("in archives 1", 4, "with labels of the checksum 3 and this run has 4")):
+        with pytest.raises(UserError, match=sentence):
+            TeacherLabels(writer.folder, dict(own, pictures=pictures, labels=labels))
     with pytest.raises(UserError, match="written with processes x --accum-steps 1 and this run has 8"):
         TeacherLabels(folder, dict(own, replicas=8))
 
@@ -186,13 +189,13 @@ def test_labels_that_do_not_belong_to_the_run_are_refused(labels, digit_folder, 
         assert end.value.code == 2 and sentence in err and err.count("\n") == 1, err
 
 
-def test_pictures_are_told_apart_by_names_and_labels_wherever_they_lie():
-    def pictures(names, labels):
-        return pictures_sum(argparse.Namespace(names=names, labels=labels))
-    own = pictures(["a/1.jpg", "b/2.jpg"], [0, 1])
-    assert own == pictures(["train.tar/1.jpg", "train.tar/2.jpg"], np.array([0, 1]))
-    assert len({own, pictures(["a/2.jpg", "b/1.jpg"], [0, 1]), pictures(["a/1.jpg", "b/2.jpg"], [1, 0])}) == 3
-    assert pictures_sum(argparse.Namespace(labels=[0, 1])) != own  # no files
+def test_pictures_are_told_apart_by_their_names():
+    def pictures(*names, **more):
+        return pictures_sum(argparse.Namespace(names=names, **more))
+    own = pictures("a/1.jpg", "b/2.jpg")
+    assert own == pictures("a/1.jpg", "b/2.jpg", places=None) and own.startswith("in folders ")
+    assert len({own, pictures("a/2.jpg", "b/1.jpg"), pictures("a/1.jpg", "b/2.jpg", places=1)}) == 3
+    assert pictures_sum(argparse.Namespace()) == "in folders 0"  # no files
 
 
 def test_labels_of_many_damaged_pictures_are_refused_and_of_few_told(digit_folder, teacher, tmp_path):

@@ -196,7 +196,7 @@ def rates(flags, log):
     args = get_args_parser().parse_args(words(flags))
     args.lr = args.lr * 8 / 512
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.lr)
-    scheduler, _ = main.create_scheduler(args, optimizer)
+    scheduler = main.build_schedule(args, optimizer)
     found = []
     for entry in log:
         found.append(optimizer.param_groups[0]["lr"])
