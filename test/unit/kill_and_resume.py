@@ -113,7 +113,8 @@ def stop_inside_a_write(children, out):
 def differences(a, b, path=""):
     """Paths at which two nested values differ, tensors by every bit; times are passed over."""
     if isinstance(a, torch.Tensor):
-        return [] if torch.equal(a, b) else [path]
+        same = isinstance(b, torch.Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape)
+        return [] if same and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes() else [path]
     if isinstance(a, dict) and isinstance(b, dict):
         keys = [k for k in set(a) | set(b) if k not in TIMES + ("output_dir", "resume")]
         return [d for k in keys for d in differences(a.get(k), b.get(k), "{}/{}".format(path, k))]
