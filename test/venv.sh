@@ -42,8 +42,9 @@ make_venv() {
     local dir=$1 line=$2 extra=${3:-} python want
     line_needs "$line"
     want="$torch $(cat "$requirements" dependencies.txt ${extra:+"$extra"})"  # what the file names, or what it refers to
-    if [ -n "${PYTHON:-}" ] && [ "$(which_python "$PYTHON")" != "$(which_python "$dir/bin/python")" ]; then
-        rm -rf "$dir"  # another interpreter's, or none
+    if [ -n "${PYTHON:-}" ]; then
+        python=$(find_python "$line")  # ends here where it is not one, before anything is removed
+        [ "$(which_python "$python")" = "$(which_python "$dir/bin/python")" ] || rm -rf "$dir"
     fi
     if [ "$(cat "$dir/.installed" 2>/dev/null)" = "$want" ]; then
         return

@@ -1,7 +1,6 @@
 """A trained model from its checkpoint alone, for `--eval` and for what looks at a model or takes it elsewhere."""
 from typing import Callable, List, NamedTuple, Optional
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from ..learning.models import (
@@ -15,10 +14,9 @@ from ..learning.models import (
     load_weights,
     set_mode,
 )
+from ..learning.normalization import Renormalize
 from .checkpoint import Checkpoint, load_checkpoint, local_file
 from .exported import read_program
-
-IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 class Restored(NamedTuple):
@@ -110,8 +108,8 @@ def restore_evo(path: str, name: Optional[str] = None, input_size: Optional[int]
         if not is_evo_name(claimed) or classes_of(checkpoint.weights(key)) is None:
             checkpoint.refuse("holds {}, and this is for trained Evo-LeViT and Evo-DeiT models".format(
                 "another model" if is_evo_name(claimed) else "the model " + claimed))
-    statistics = checkpoint.statistics() or IMAGENET
-    if any(abs(a - b) > 1e-6 for own, usual in zip(statistics, IMAGENET) for a, b in zip(own, usual)):
+    statistics = checkpoint.statistics()
+    if statistics is not None and Renormalize(*statistics).needed:
         checkpoint.refuse("wants images normalised by mean {} and deviation {}, which main.py --eval does; the tools "
                           "normalise by ImageNet's".format(*statistics))
     restored = restore(checkpoint, name, input_size, key=key)

@@ -11,7 +11,8 @@ class Renormalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
-        self.needed = (tuple(mean), tuple(std)) != (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        self.needed = any(abs(own - usual) > 1e-6 for own, usual in zip(
+            (*mean, *std), IMAGENET_DEFAULT_MEAN + IMAGENET_DEFAULT_STD))  # not for what float32 makes of the same
         theirs_mean, theirs_std, mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (
             IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, mean, std))
         self.register_buffer("scale", theirs_std / std)
