@@ -7,6 +7,7 @@ import warnings
 from contextlib import contextmanager
 from typing import List
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,7 +15,8 @@ from ..errors import UserError
 from ..machine.onnx_bytes import onnx_bytes
 
 _OPSET = 13  # the oldest with a scale for each channel
-_VERSION = 1  # of what `quantize` makes of the same weights
+_IR = 8  # the file format, which ONNX Runtime 1.10 and newer read
+_VERSION = 2  # of what `quantize` makes of the same weights
 
 
 class Quantized(nn.Module):
@@ -39,7 +41,8 @@ class Quantized(nn.Module):
 def fingerprint(model: nn.Module, batches: List[torch.Tensor]) -> str:
     """What tells the int8 network that `quantize` makes of the same arguments from another."""
     import onnxruntime
-    digest = hashlib.sha256("{} {} {} {}".format(_VERSION, _OPSET, onnxruntime.__version__, model).encode())
+    digest = hashlib.sha256("{} {} {} {} {}".format(_VERSION, _OPSET, onnxruntime.__version__, _weights(),
+                                                    model).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     for batch in batches:
@@ -61,14 +64,43 @@ def _quiet():
         root.setLevel(level)
 
 
-# --- sums of products of eight bits overflow where a processor has no instruction for them, but for weights without a
-# sign. ONNX Runtime before 1.23 gives them one (seen in 1.14 and 1.19), so there they have seven bits.
-def _weights():
+def _adds_exactly() -> bool:
+    """Whether this processor's sums of unsigned times signed bytes are exact: with instructions for them they are, and
+    fast; without, pairs of products overflow 16 bits."""
+    import onnxruntime
+    from onnx import TensorProto, helper
+    sizes = {"x": (TensorProto.UINT8, [16, 64]), "weight": (TensorProto.INT8, [64, 16]),
+             "sums": (TensorProto.INT32, [16, 16])}
+    x, weight, sums = (helper.make_tensor_value_info(name, *size) for name, size in sizes.items())
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "weight"], ["sums"])], "sums", [x, weight], [sums])
+    content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
+    session = onnxruntime.InferenceSession(content.SerializeToString(), providers=["CPUExecutionProvider"])
+    found, = session.run(None, {"x": np.full((16, 64), 255, np.uint8), "weight": np.full((64, 16), -128, np.int8)})
+    return bool((found == 64 * 255 * -128).all())
+
+
+# --- where sums are not exact, weights have no sign, which takes longer; ONNX Runtime before 1.23 gives them one all the
+# same (seen in 1.14 and 1.19), so there they have seven bits.
+def _weights() -> dict:
+    """How weights are written in eight bits, as quantize_static's arguments."""
     import onnxruntime
     from onnxruntime.quantization import QuantType
+    if _adds_exactly():
+        return dict(weight_type=QuantType.QInt8)
     if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < (1, 23):
         return dict(weight_type=QuantType.QInt8, reduce_range=True)
     return dict(weight_type=QuantType.QUInt8)
+
+
+def _simplified(path: str, to: str) -> str:
+    """Writes the network of one ONNX file into another without what nothing needs, as the detours by which equal biases
+    are shared: a convolution whose bias takes one stays in float32. Returns `to`."""
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = to
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return to
 
 
 def quantize(model: nn.Module, batches: List[torch.Tensor]) -> bytes:
@@ -86,11 +118,11 @@ def quantize(model: nn.Module, batches: List[torch.Tensor]) -> bytes:
             return next(({"images": batch.contiguous().numpy()} for batch in self.left), None)
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        plain, small = (os.path.join(folder, name) for name in ("float32.onnx", "int8.onnx"))
+        plain, simple, small = (os.path.join(folder, name) for name in ("float32.onnx", "simple.onnx", "int8.onnx"))
         try:
             with open(plain, "wb") as f:
                 f.write(onnx_bytes(model, batches[0][:2], _OPSET))
-            quantize_static(plain, small, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+            quantize_static(_simplified(plain, simple), small, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
                             activation_type=QuantType.QUInt8, **_weights())
         except Exception as error:  # whatever either raises for a network that it does not know
             raise UserError("--teacher-precision int8: the teacher cannot be written in int8 ({}); use bf16 or float32"

@@ -13,6 +13,7 @@ from reference import draw, images, load_json, relative_error
 from evo_vit.compat import TORCH
 from runtime.errors import UserError
 from runtime.keeping.checkpoint import load_checkpoint
+from runtime.learning.quantized import quantize
 from runtime.learning.teacher import Teacher, build_teacher
 from runtime.learning.teacher_precision import Shelf, need_precision, set_precision
 from runtime.machine.agreement import Agreement
@@ -116,9 +117,12 @@ def need_onnxruntime():
 
 
 @pytest.mark.skipif(TORCH < (1, 8), reason="this PyTorch writes ONNX for one batch size alone")
-def test_a_teacher_in_int8_is_made_once_and_held_to_float32(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("instructions", (None, False), ids=["this-processor", "one-without-instructions"])
+def test_a_teacher_in_int8_is_made_once_and_held_to_float32(tmp_path, capsys, monkeypatch, instructions):
     need_onnxruntime()
     import onnx
+    if instructions is not None:
+        monkeypatch.setattr("runtime.learning.quantized._adds_exactly", lambda: instructions)
     machine, made = Machine(torch.device("cpu")), []
     shelf = Shelf(str(tmp_path / "teacher.pth"), Agreement())
     pictures = Pictures(300)
@@ -145,13 +149,30 @@ def test_a_teacher_in_int8_is_made_once_and_held_to_float32(tmp_path, capsys, mo
     weight, = [onnx.numpy_helper.to_array(one) for one in graph.initializer
                if len(one.dims) == 4 and one.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)]
     # what a processor without an instruction for them adds up without an overflow
-    assert weight.dtype == "uint8" or abs(weight.astype(int)).max() <= 64
+    assert instructions is None or weight.dtype == "uint8" or abs(weight.astype(int)).max() <= 64
     # other weights have another file
     other = Levels().eval()
     with torch.no_grad():
         other.linear.bias[2] += 1.0
     set_precision(Teacher(other, dtype=torch.float32, own_format=True), "int8", pictures, machine, 0.9, shelf)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.skipif(TORCH < (1, 8), reason="this PyTorch writes ONNX for one batch size alone")
+@pytest.mark.parametrize("value", (0.0, 0.5))
+def test_layers_of_equal_biases_are_in_int8_as_well(value):
+    """The exporter writes equal tensors once, and a layer that shares its bias would stay in float32."""
+    need_onnxruntime()
+    import onnx
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU(),
+              torch.nn.Conv2d(8, 8, 1), torch.nn.ReLU(), torch.nn.Flatten()]
+    for layer in layers[::2][:3]:
+        torch.nn.init.constant_(layer.bias, value)
+    graph = onnx.load_from_string(quantize(torch.nn.Sequential(*layers).eval(), [torch.rand(2, 3, 8, 8)])).graph
+    maker = {output: node.op_type for node in graph.node for output in node.output}
+    inputs = [[maker.get(name) for name in node.input] for node in graph.node if node.op_type == "Conv"]
+    assert inputs == 3 * [3 * ["DequantizeLinear"]]
 
 
 @pytest.mark.skipif(TORCH < (1, 8), reason="this PyTorch writes ONNX for one batch size alone")
