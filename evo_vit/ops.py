@@ -42,7 +42,7 @@ def drop_path(branch: torch.Tensor, rate: float) -> torch.Tensor:
     if rate == 0:
         return branch
     kept = torch.rand((branch.shape[0],) + (1,) * (branch.dim() - 1), device=branch.device) >= rate
-    return branch * kept.to(branch.dtype) / (1 - rate)
+    return branch * (kept.to(branch.dtype) / (1 - rate))
 
 
 def lerp(start: torch.Tensor, end: torch.Tensor, weight: Union[float, torch.Tensor]) -> torch.Tensor:
