@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..pictures.batches import TrainingView
 from .files import write_json, write_whole
 from .settings import IMPLIED, flag_name, labels_sum, pictures_sum
 
@@ -26,6 +27,11 @@ DEPENDS_ON = ("data_set", "inat_category", "input_size", "batch_size", "seed", "
 
 WEIGHTS = "teacher_weights"  # the hash of the teacher's file, which only who writes labels has
 PICTURES, LABELS = "pictures", "labels"  # settings.pictures_sum and labels_sum
+CROPS = "crops"  # sample_crops
+_SAMPLES = 16  # pictures
+_MEANS = 4  # a side
+_UNLIKE = 8.0  # of 255: copies of a picture in another size or quality stay below
+_FEW = 2  # samples that may be unlike: a policy's thresholds (solarize) can turn rounding into a difference
 _WORDS = {"replicas": "processes x --accum-steps", "images": "the number of training images",
           "num_classes": "the number of classes", WEIGHTS: "teacher weights of the SHA-256",
           PICTURES: "the checksum of names", LABELS: "labels of the checksum"}
@@ -37,7 +43,25 @@ def label_settings(args, replicas: int, data) -> dict:
     settings = {name: getattr(args, name) for name in DEPENDS_ON}
     settings["teacher_path"] = os.path.basename(settings["teacher_path"])
     return dict(settings, replicas=replicas, images=len(data), num_classes=len(data.classes),
-                **{PICTURES: pictures_sum(data), LABELS: labels_sum(data)})
+                **{PICTURES: pictures_sum(data), LABELS: labels_sum(data), CROPS: sample_crops(data)})
+
+
+def sample_crops(data):
+    """Some pictures of the data set `data`, spread over it, as they are augmented from fixed seeds: of each the means
+    (whole numbers, 0 to 255) of 4 x 4 parts. Other versions of torchvision, timm or Pillow may draw other crops from
+    the same seeds, and other pictures may lie under the same names."""
+    view, crops = TrainingView(data), []
+    for seed, place in enumerate(np.linspace(0, len(data) - 1, min(len(data), _SAMPLES)).astype(int)):
+        (pixels, _), *_ = view[int(place), seed]
+        means = torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(dim=2)[None, None], _MEANS)
+        crops.append(means.round().int().flatten().tolist())
+    return crops
+
+
+def _alike(crops, others):
+    """Whether two lists of sample_crops are of the same pictures and draws."""
+    distances = np.abs(np.array(crops, dtype=float) - np.array(others, dtype=float)).mean(axis=1)
+    return (distances > _UNLIKE).sum() <= _FEW
 
 
 def _path(folder, epoch, replica):
@@ -128,9 +152,14 @@ def _compare(stored, settings, folder, flag):
     stored = dict(IMPLIED, **stored)
     if str(stored.get(PICTURES)).split()[:2] != str(settings.get(PICTURES)).split()[:2]:
         stored[PICTURES] = settings.get(PICTURES)  # the same pictures have other names in archives
+    crops, own = stored.pop(CROPS, None), settings.pop(CROPS, None)
     for name, value in settings.items():
         # older labels do not say whose they are
         if stored.get(name) != value and (name not in (WEIGHTS, PICTURES, LABELS) or name in stored):
             raise UserError("{}: the labels in {} were written with {} {} and this run has {}; other crops or labels "
                             "belong to it".format(flag, folder, _WORDS.get(name) or flag_name(name), stored.get(name),
                                                   value))
+    if crops and own and not _alike(crops, own):
+        raise UserError("{}: the labels in {} were written for other crops of the pictures than are drawn here; the "
+                        "pictures themselves, or the versions of torchvision, timm or Pillow, are others. Write labels "
+                        "on this installation, with --write-teacher-labels".format(flag, folder))

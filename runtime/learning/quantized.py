@@ -72,15 +72,16 @@ def _adds_exactly() -> bool:
     sizes = {"x": (TensorProto.UINT8, [16, 64]), "weight": (TensorProto.INT8, [64, 16]),
              "sums": (TensorProto.INT32, [16, 16])}
     x, weight, sums = (helper.make_tensor_value_info(name, *size) for name, size in sizes.items())
-    graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "weight"], ["sums"])], "sums", [x, weight], [sums])
+    product = helper.make_node("MatMulInteger", ["x", "weight"], ["sums"])
+    graph = helper.make_graph([product], "sums", [x, weight], [sums])
     content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR)
     session = onnxruntime.InferenceSession(content.SerializeToString(), providers=["CPUExecutionProvider"])
     found, = session.run(None, {"x": np.full((16, 64), 255, np.uint8), "weight": np.full((64, 16), -128, np.int8)})
     return bool((found == 64 * 255 * -128).all())
 
 
-# --- where sums are not exact, weights have no sign, which takes longer; ONNX Runtime before 1.23 gives them one all the
-# same (seen in 1.14 and 1.19), so there they have seven bits.
+# --- where sums are not exact, weights have no sign, which takes longer; ONNX Runtime before 1.23 gives them one all
+# the same (seen in 1.14 and 1.19), so there they have seven bits.
 def _weights() -> dict:
     """How weights are written in eight bits, as quantize_static's arguments."""
     import onnxruntime

@@ -15,7 +15,7 @@ import main
 from runtime.errors import UserError
 from runtime.keeping.settings import pictures_sum
 from runtime.keeping.state import Done
-from runtime.keeping.teacher_labels import WEIGHTS, LabelWriter, TeacherLabels
+from runtime.keeping.teacher_labels import WEIGHTS, LabelWriter, TeacherLabels, sample_crops
 from runtime.pictures.batches import TrainingView, collate
 from samplers import Feed, build_train_sampler
 
@@ -159,7 +159,7 @@ def test_soft_labels_are_stored_as_logits(digit_folder, teacher, tmp_path):
 
 
 def test_labels_that_do_not_belong_to_the_run_are_refused(labels, digit_folder, tmp_path, capsys):
-    cut, empty = str(tmp_path / "cut"), str(tmp_path / "empty")
+    cut, empty, other = (str(tmp_path / name) for name in ("cut", "empty", "other"))
     shutil.copytree(labels, cut)
     first = os.path.join(cut, "epoch-0000-replica-0000.npy")
     with open(first, "rb") as f:
@@ -171,11 +171,17 @@ def test_labels_that_do_not_belong_to_the_run_are_refused(labels, digit_folder, 
         if name.endswith(".npy"):
             os.remove(os.path.join(empty, name))
     with open(os.path.join(labels, "settings.json")) as f:
-        path = json.load(f)["teacher_path"]
+        settings = json.load(f)
+    path = settings["teacher_path"]
+    shutil.copytree(labels, other)
+    with open(os.path.join(other, "settings.json"), "w") as f:  # written where pictures are mirrored otherwise
+        json.dump(dict(settings, crops=[np.reshape(crop, (4, 4))[:, ::-1].flatten().tolist()
+                                        for crop in settings["crops"]]), f)
     for flags, sentence in (
             ([labels, "--seed", 5], "were written with --seed 0 and this run has 5"),
             ([labels, "--mixup", 0.5], "were written with --mixup 0.8"),
             ([labels, "--batch-size", 16], "--batch-size 32 and this run has 16"),
+            ([other], "were written for other crops of the pictures than are drawn here"),
             ([tmp_path / "none"], "settings.json cannot be read"),
             ([empty], "has no whole epoch of labels"),
             ([cut], "write it again"),
@@ -187,6 +193,53 @@ def test_labels_that_do_not_belong_to_the_run_are_refused(labels, digit_folder, 
                 "--teacher-labels"] + flags])
         err = capsys.readouterr().err
         assert end.value.code == 2 and sentence in err and err.count("\n") == 1, err
+
+
+class Photos:
+    """Pictures (24, 24, 3) of nine colours, mirrored at random; `change` is what becomes of all of them before."""
+
+    def __init__(self, change=None, draw=torch.rand):
+        generator = torch.Generator().manual_seed(0)
+        parts = torch.rand(40, 3, 3, 3, generator=generator) * 255
+        self.pictures = parts.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        if change is not None:
+            self.pictures = change(self.pictures)
+        self.draw = draw
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, index):
+        picture = self.pictures[index]
+        return (picture.flip(1) if self.draw(1)[0] < 0.5 else picture, []), 0
+
+
+def test_labels_are_for_the_crops_that_were_drawn(tmp_path):
+    """The same pictures in another quality are taken; other draws from the same seeds, and other pictures, are not."""
+    own = {"distillation_type": "hard", "num_classes": 10, "replicas": 1, "batch_size": 4}
+    folder = str(tmp_path)
+    LabelWriter(folder, dict(own, crops=sample_crops(Photos()))).write(0, 0, [torch.arange(4)])
+    noise = torch.rand(40, 24, 24, 3, generator=torch.Generator().manual_seed(1)) * 16 - 8
+    for change, draw, same in (
+            (None, torch.rand, True),
+            (lambda x: (x + noise).clamp(0, 255).round(), torch.rand, True),
+            (lambda x: (x / 8).round() * 8, torch.rand, True),
+            (None, lambda n: 1 - torch.rand(n), False),
+            (None, np.random.rand, False),
+            (lambda x: x.flip(2), torch.rand, False),
+            (lambda x: x.flip(0), torch.rand, False),
+            (lambda x: 255 - x, torch.rand, False)):
+        settings = dict(own, crops=sample_crops(Photos(change, draw)))
+        if same:
+            assert TeacherLabels(folder, settings).epochs == 1
+            LabelWriter(folder, settings)
+            continue
+        for flag, reads in (("--teacher-labels", TeacherLabels), ("--write-teacher-labels", LabelWriter)):
+            with pytest.raises(UserError, match=flag + ": the labels in .* were written for other crops"):
+                reads(folder, settings)
+    with open(os.path.join(folder, "settings.json"), "w") as f:
+        json.dump(own, f)  # older than the crops
+    assert TeacherLabels(folder, settings).epochs == 1
 
 
 def test_pictures_are_told_apart_by_their_names():
