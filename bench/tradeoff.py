@@ -9,6 +9,7 @@ from runtime.keeping.checkpoint import load_checkpoint
 from runtime.keeping.restore import restore
 from runtime.keeping.settings import places_in
 from runtime.learning.models import is_evo
+from runtime.learning.normalization import Renormalize, timm_statistics
 from runtime.machine.machine import Machine
 from runtime.pictures import page
 from runtime.pictures.batches import EvaluationView, collate
@@ -16,12 +17,12 @@ from runtime.pictures.batches import EvaluationView, collate
 
 def accuracies(path: str, name: str, size: int, data_path: Optional[str], ratios: List[float], machine: Machine,
         batch: int = 32) -> List[float]:
-    """Top-1 accuracy in percent of the checkpoint `path` with each keep ratio, stage-wise as the contenders run, on the
-    validation pictures of its data set.
+    """Top-1 accuracy in percent of the checkpoint `path` with each keep ratio, stage-wise and with token selection as
+    the contenders run, on the validation pictures of its data set.
 
     name, size: the contender's model and the side of its images, which the checkpoint's have to be. data_path: where
-    the data set lies, None for where training found it. Raises UserError for another checkpoint, and as restore and
-    build_dataset do.
+    the data set lies, None for where training found it. Raises UserError for another checkpoint, for one of another
+    number of classes, and as restore and build_dataset do.
     """
     checkpoint = load_checkpoint(path, "--resume")
     saved, found = checkpoint.settings(), []
@@ -33,15 +34,33 @@ def accuracies(path: str, name: str, size: int, data_path: Optional[str], ratios
         restored = restore(checkpoint, name, size, keep_ratio=ratio)
         if not is_evo(restored.model):
             checkpoint.refuse("holds {}, which keeps all its tokens".format(restored.name))
-        restored.model.set_stage_wise(True)
-        if data_path:
-            need_read(restored.data_set, data_path)
-        dataset = build_dataset(False, restored.data_set, data_path or restored.data_path,
-                                build_transform(False, restored.data_set, restored.input_size), restored.inat_category)
-        view = EvaluationView(dataset, restored.input_size, places_in(checkpoint, dataset.classes))
-        loader = torch.utils.data.DataLoader(view, batch_size=batch, collate_fn=collate)
-        found.append(evaluate(machine.place(restored.model), loader, machine)["acc1"])
+        loader = torch.utils.data.DataLoader(_view(checkpoint, restored, data_path), batch_size=batch,
+                                             collate_fn=collate)
+        found.append(evaluate(_as_raced(checkpoint, restored.model, machine), loader, machine)["acc1"])
     return found
+
+
+def _view(checkpoint, restored, data_path):
+    """The validation pictures, whose classes have to be the model's."""
+    if data_path:
+        need_read(restored.data_set, data_path)
+    dataset = build_dataset(False, restored.data_set, data_path or restored.data_path,
+                            build_transform(False, restored.data_set, restored.input_size), restored.inat_category)
+    places = places_in(checkpoint, dataset.classes)
+    classes = checkpoint.classes() or dataset.classes
+    if len(restored.classes) != len(classes):
+        checkpoint.refuse("was trained on {} classes but {} are needed here (the classes of the data set)".format(
+            len(restored.classes), len(classes)))
+    return EvaluationView(dataset, restored.input_size, places)
+
+
+def _as_raced(checkpoint, model, machine):
+    """The model in the mode in which contenders run, for images normalised by ImageNet's statistics."""
+    model.set_stage_wise(True)
+    model.set_token_selection(True)  # its last epoch may have had none, and then no share would change anything
+    renormalize = Renormalize(*checkpoint.statistics() or timm_statistics(model))
+    model = machine.place(model)
+    return torch.nn.Sequential(machine.place(renormalize), model) if renormalize.needed else model
 
 
 def draw(rows: List[dict], title: str) -> str:

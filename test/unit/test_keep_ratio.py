@@ -4,9 +4,14 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from reference import fill, images, relative_error
 
+from bench import tradeoff
 from evo_vit import EvoDeiT, EvoLeViT
+from runtime.errors import UserError
+from runtime.learning.normalization import Renormalize
+from runtime.machine.machine import Machine
 
 FAMILIES = {"deit": lambda **options: EvoDeiT(64, 2, num_classes=5, img_size=112, **options),
             "levit": lambda **options: EvoLeViT((16, 32, 48), 16, (1, 2, 3), (3, 2, 2), num_classes=5, img_size=112,
@@ -79,3 +84,49 @@ def test_the_first_blocks_may_keep_all_as_far_as_wished():
         assert (relative_error(*logits) < 1e-12) == (full == 12)
     model = timm.create_model("evo_deit_tiny_patch16_224", img_size=64, keep_ratio=0.25, full_blocks=8)
     assert model.keep_ratios() == [1, 1, 0.25]
+
+
+TINY = "evo_deit_tiny_patch16_224"
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A function: bench/tradeoff.py's figures, here logits of one image, of a tiny model's checkpoint with 3 classes or
+    others, on a data set of 3."""
+    for number in range(3):
+        folder = tmp_path / "val" / "class{}".format(number)
+        folder.mkdir(parents=True)
+        Image.new("RGB", (32, 32), (80 * number,) * 3).save(str(folder / "one.png"))
+    x = images(32).float()
+
+    def evaluate(model, loader, machine):
+        assert len(next(iter(loader))[1]) == 3
+        return {"acc1": model.eval()(x)}
+    monkeypatch.setattr(tradeoff, "evaluate", evaluate)
+
+    @torch.no_grad()
+    def figures(ratios, classes=3, **content):
+        model = timm.create_model(TINY, img_size=32, num_classes=classes)
+        fill(model, qk_gain=1.75)
+        path = str(tmp_path / "weights.pth")
+        torch.save(dict(model=model.state_dict(), **content), path)
+        return tradeoff.accuracies(path, TINY, 32, str(tmp_path), ratios, Machine(torch.device("cpu"))), model.eval()
+    return figures
+
+
+def test_accuracy_is_refused_for_another_number_of_classes(measured):
+    with pytest.raises(UserError, match="was trained on 10 classes but 3 are needed here"):
+        measured([0.5], classes=10)
+
+
+def test_accuracy_over_the_ratios_is_that_with_selection(measured):
+    half, all_tokens = measured([0.5, 1], mode="stage-wise, no token selection")[0]
+    assert not torch.equal(half, all_tokens)
+    assert torch.equal(half, measured([0.5], mode="stage-wise")[0][0])
+
+
+@torch.no_grad()
+def test_accuracy_is_that_of_images_as_the_checkpoint_wants_them(measured):
+    mean, std = (0.5, 0.4, 0.3), (0.5, 0.6, 0.7)
+    (found,), model = measured([0.5], mean=mean, std=std)
+    assert torch.allclose(found, model(Renormalize(mean, std)(images(32).float())), atol=1e-5)
