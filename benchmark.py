@@ -228,7 +228,12 @@ def accuracies(args):
     """{keep ratio: top-1} of --resume, {} without it."""
     if not args.resume:
         return {}
-    names = {contenders.parse(args.task, text)[0] for text in args.compare or [TRADE_OFF]}
+    if args.task != "inference":
+        raise UserError("--resume measures accuracy, which is that of inference; leave it out of {}".format(args.task))
+    parsed = [contenders.parse(args.task, text) for text in args.compare or [TRADE_OFF]]
+    if args.amp or any("amp" in options for _, options in parsed):
+        raise UserError("--resume is evaluated in float32 and amp computes otherwise; leave one of them out")
+    names = {name for name, _ in parsed}
     sizes = args.input_size or [default_input_size(min(names))]
     if len(names) > 1 or len(sizes) > 1:
         raise UserError("--resume is a checkpoint of one model at one size; give one contender and one --input-size")
