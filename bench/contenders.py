@@ -54,8 +54,9 @@ WORDS = {"inference": _MODES | {"fuse"}, "train": _MODES | {"teacher", "teacher-
          "loader": {"draft", "fast", "normalized", "once"}}
 _WITH_VALUE = {"keep", "teacher", "teacher-size", "teacher-precision"}
 # {task: {word: those that would change nothing beside it}}
-_EXCLUDED = {"inference": {"dense": {"keep"}}, "loader": {}, "train": {
-    "dense": {"keep"}, "plain": {"compile", "amp", "teacher-precision", "teacher-size", "stored", "channels-last"},
+_EXCLUDED = {"inference": {"dense": {"keep"}, "channels-last": {"contiguous"}}, "loader": {}, "train": {
+    "dense": {"keep"}, "channels-last": {"contiguous"},
+    "plain": {"compile", "amp", "teacher-precision", "teacher-size", "stored", "channels-last"},
     "stored": {"teacher", "teacher-size", "teacher-precision"}}}
 
 
@@ -70,7 +71,11 @@ class Contender(NamedTuple):
 def parse(task, text):
     """(name, {word: value or True}) of a contender as benchmark.py's documentation writes it; raises UserError."""
     name, *words = text.split(",")
-    options = dict((word.split("=", 1) + [True])[:2] for word in words)
+    pairs = [(word.split("=", 1) + [True])[:2] for word in words]
+    options = dict(pairs)
+    for word in sorted(_WITH_VALUE):
+        if [own for own, _ in pairs].count(word) > 1:
+            raise UserError("contender {}: {} stands there twice; give it one value".format(text, word))
     for word, value in options.items():
         if word not in WORDS[task]:
             raise UserError("contender {}: '{}' is none of {}'s words: {}".format(
@@ -90,8 +95,9 @@ def parse(task, text):
             raise ValueError
     except ValueError:
         raise UserError("contender {}: keep=SHARE is above 0 and at most 1".format(text))
-    if not str(options.get("teacher-size", 1)).isdigit():
-        raise UserError("contender {}: teacher-size=N is a number of pixels".format(text))
+    size = str(options.get("teacher-size", 1))
+    if not size.isdecimal() or int(size) < 1:
+        raise UserError("contender {}: teacher-size=N is a number of pixels, above 0".format(text))
     if options.get("teacher-precision", INT8) not in list(DTYPES) + [INT8]:
         raise UserError("contender {}: teacher-precision is one of {}, int8".format(text, ", ".join(DTYPES)))
     if task == "loader":
