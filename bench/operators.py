@@ -5,7 +5,7 @@ from typing import Callable, Dict, List
 import torch
 
 from runtime.errors import UserError
-from runtime.learning.models import LAYER_WISE, STAGE_WISE, set_mode
+from runtime.learning.models import LAYER_WISE, NO_SELECTION, STAGE_WISE, set_mode
 
 from .contenders import Training
 
@@ -51,14 +51,15 @@ def count_parts(text: str, batch: int, size: int, device: torch.device) -> Dict[
     if {"plain", "compile"} & set(text.split(",")):
         raise UserError("contender {}: operators are those of the recipe's own step, not compiled".format(text))
     training = Training(text, batch, size, device)
+    selection = NO_SELECTION if "dense" in text.split(",") else ""
     parts = {}
-    for mode in (LAYER_WISE, STAGE_WISE):
+    for mode in (LAYER_WISE + selection, STAGE_WISE + selection):
         set_mode(training.model, mode)
         training.run()  # the first step also makes the optimiser's tensors
         parts["training step, " + mode] = count(training.run)
     training.model.eval()
     with torch.no_grad():
-        parts["inference, " + STAGE_WISE] = count(lambda: training.model(training.images))
+        parts["inference, " + STAGE_WISE + selection] = count(lambda: training.model(training.images))
     return parts
 
 
