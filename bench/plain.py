@@ -35,14 +35,13 @@ class PlainEvoLeViT(nn.Module):
 
     def block(self, block, x, score, index):
         kind = type(block).__name__
-        if kind == "EvoBlock":
+        if kind in ("EvoBlock", "EvoStage"):
+            residuals = (block.m1, block.m2) if kind == "EvoBlock" else block.m
             if block.keep_ratio < 1 and self.model.token_selection:
-                return self.evolve((block.m1, block.m2), block.keep_ratio, x, score, index)
-            for residual in (block.m1, block.m2):
+                return self.evolve(residuals, block.keep_ratio, x, score, index)
+            for residual in residuals:
                 x, score = self.residual(residual, x, score)
             return x, score, index
-        if kind == "EvoStage":
-            return self.evolve(block.m, block.keep_ratio, x, score, index)
         if kind == "AttentionSubsample":
             return self.subsample(block, x, score, index)
         x, score = self.residual(block, x, score)

@@ -186,6 +186,14 @@ def test_operators_are_counted_by_name(tmp_path):
     assert [row["list"]["sort"] for row in rows] == [7, 2, 2]  # blocks, and stages, that select
 
 
+@pytest.mark.skipif(operators.TorchDispatchMode is None, reason="this PyTorch's operators cannot be watched")
+def test_operators_of_a_dense_contender_select_nothing():
+    parts = operators.count_parts("EvoLeViT_128S,dense,teacher=none", 2, 64, torch.device("cpu"))
+    assert list(parts) == [part + ", no token selection" for part in (
+        "training step, layer-wise", "training step, stage-wise", "inference, stage-wise")]
+    assert not any(found["sort"] for found in parts.values())
+
+
 def test_loader_makes_the_pictures_of_either_pipeline(tmp_path):
     figures, _ = measure(tmp_path, "loader", "--input-size", 64, "--photo-size", 160, 120,
                         "--compare", "plain", "recipe", "recipe,normalized", "recipe,once,draft")
@@ -226,6 +234,11 @@ def test_one_set_of_weights_at_many_speeds(tmp_path, student):
     (["inference", "--compare", "regnety_002,keep=0.5"], "only Evo-LeViT and Evo-DeiT"),
     (["train", "--compare", "EvoLeViT_128S,teacher=regnet_y"], "there is no such model"),
     (["train", "--compare", "EvoLeViT_128S,teacher-size=big"], "teacher-size"),
+    (["train", "--compare", "EvoLeViT_128S,teacher-size=0"], "teacher-size=N is a number of pixels, above 0"),
+    (["inference", "--compare", "EvoLeViT_128S,keep=0.1,keep=1"], "keep stands there twice"),
+    (["inference", "--compare", "EvoLeViT_128S,keep=0.5", "--keep-ratio", "1"], "keep stands there twice"),
+    (["inference", "--compare", "EvoLeViT_128S,channels-last,contiguous"], "contiguous has no effect beside channels-last"),
+    (["train", "--channels-last", "--compare", "EvoLeViT_128S,contiguous"], "contiguous has no effect beside channels-last"),
     (["train", "--compare", "EvoLeViT_128S,teacher-precision=int4"], "teacher-precision is one of float32, bf16, int8"),
     (["breakdown", "--compare", "EvoLeViT_128S,published"], "runs in inference and train alone"),
     (["inference", "--compare", "EvoLeViT_128S,published,fuse"], "runs them one way"),

@@ -40,6 +40,18 @@ def test_the_plain_transcription_gives_the_same_logits_at_any_size(size, mode, b
     assert relative_error(model(x), PlainEvoLeViT(model)(x)) < 1e-9
 
 
+@pytest.mark.parametrize("mode", MODES[::2])
+@torch.no_grad()
+def test_the_plain_transcription_without_selection_gives_the_same_logits(mode):
+    x = images(64)
+    for change in (lambda model: model.set_token_selection(False), lambda model: model.set_keep_ratio(1)):
+        model = build("EvoLeViT_128S", num_classes=10, img_size=64).eval()
+        set_mode(model, mode)
+        selecting = model(x)
+        change(model)
+        assert relative_error(PlainEvoLeViT(model)(x), model(x)) < 1e-9 < relative_error(selecting, model(x))
+
+
 @torch.no_grad()
 def test_the_plain_transcription_matches_the_reference():
     arrays, size = load_arrays("EvoLeViT_256"), load_json("EvoLeViT_256")["input_size"]
