@@ -28,6 +28,7 @@ from runtime.learning.models import (
     EVO_DEIT,
     apply_token_schedule,
     check_model_name,
+    default_input_size,
     is_evo,
     is_evo_name,
     parameters_without_gradient,
@@ -108,6 +109,9 @@ def parse(task, text):
     if ("plain" in options or "dense" in options or "keep" in options) and not is_evo_name(name):
         raise UserError(
             "contender {}: only Evo-LeViT and Evo-DeiT can run plain, dense or with keep=SHARE".format(text))
+    if task == "train" and options.get("teacher") != "none" and not is_evo_name(name) and "published" not in options:
+        raise UserError("contender {}: only Evo-LeViT and Evo-DeiT have the heads that a teacher's labels train; add "
+                        "teacher=none{}".format(text, " in place of stored" if "stored" in options else ""))
     if "published" in options and (not is_evo_name(name) or set(options) - {"published", "teacher"}):
         raise UserError("contender {}: the published code has Evo-LeViT and Evo-DeiT, and runs them one way; beside "
                         "published only teacher=NAME".format(text))
@@ -137,6 +141,23 @@ def own_model(name, size, device, distillation):
     return model
 
 
+def macs_of(text, model, name, size, advice):
+    """count_macs of the contender `text`'s `model`, or of its teacher; raises UserError, with what to do, where that
+    does not take images of `size` pixels."""
+    try:
+        return count_macs(model, size)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError("contender {}: {} cannot take images of {} pixels ({}); {}".format(
+            text, name, size, str(error).split("\n")[0].rstrip("."), advice))
+
+
+def need_batch(text, model, batch):
+    """Raises UserError for a training batch of one image where `model` cannot normalise it."""
+    if batch == 1 and any(isinstance(module, torch.nn.BatchNorm1d) for module in model.modules()):
+        raise UserError("contender {}: it normalises by the statistics of a batch, which one image does not have; use "
+                        "at least --batch-size 2".format(text))
+
+
 @torch.no_grad()
 def _fuse(model):
     """`model` with every batch norm folded that knows how: Evo-LeViT's and timm's dense LeViT's."""
@@ -155,7 +176,7 @@ def inference(text, batch, size, device):
         model.set_token_selection(False)
     if "keep" in options:
         model.set_keep_ratio(float(options["keep"]))
-    macs = batch * count_macs(model, size)
+    macs = batch * macs_of(text, model, name, size, "give another --input-size")
     if "fuse" in options:
         model = _fuse(model)
     images = torch.randn(batch, 3, size, size).to(device)
@@ -191,7 +212,8 @@ class Training:
         if "keep" in options:
             model.set_keep_ratio(float(options["keep"]))
         apply_token_schedule(model, 0, 1 if "dense" in options else 0, 200)  # as in the first 200 of the 300 epochs
-        self.macs = 3 * batch * count_macs(model, size)
+        need_batch(text, model, batch)
+        self.macs = 3 * batch * macs_of(text, model, name, size, "give another --input-size")
         last = channels_last(options, device)
         precision = build_precision(device, "native" if "amp" in options else "none")
         self.images = torch.randn(batch, 3, size, size).to(device)
@@ -201,7 +223,9 @@ class Training:
             self.taught = torch.randint(0, CLASSES, (batch,)).to(device)
         elif distil:
             teacher = create_model(teacher_name, num_classes=CLASSES).eval().requires_grad_(False)
-            self.macs += batch * count_macs(teacher, teacher_size)
+            advice = "name another teacher, or --input-size {}" if plain else "add teacher-size={}"
+            self.macs += batch * macs_of(text, teacher, teacher_name, teacher_size,
+                                         advice.format(default_input_size(teacher_name)))
             if not plain:
                 fold_batch_norms(teacher, torch.zeros(1, 3, teacher_size, teacher_size))
                 teacher = self._teacher(teacher, teacher_size, precision, last, options.get("teacher-precision"))

@@ -65,6 +65,7 @@ def build(text, place, device) -> contenders.Contender:
         raise UserError("contender {}: the published code needs PyTorch 1.6 or newer".format(text))
     own = contenders.own_model(name, place.size, device, True)
     if place.task == "train":
+        contenders.need_batch(text, own, place.batch)
         apply_token_schedule(own, 0, 0, 200)  # before epoch 200
     macs = place.batch * count_macs(own, place.size)
     images = torch.randn(place.batch, 3, place.size, place.size).to(device)
@@ -76,7 +77,9 @@ def build(text, place, device) -> contenders.Contender:
             raise UserError("contender {}: the published code has no teacher for Evo-DeiT".format(text))
         check_model_name(teacher_name, "teacher")
         teacher = create_model(teacher_name, num_classes=contenders.CLASSES, global_pool="avg").to(device).eval()
-    macs = 3 * macs + (place.batch * count_macs(teacher, place.size) if teacher is not None else 0)
+    macs *= 3
+    if teacher is not None:
+        macs += place.batch * contenders.macs_of(text, teacher, teacher_name, place.size, "name another teacher")
     return contenders.Contender(_training(place, name, family, images, teacher), place.batch, macs, plain=True)
 
 
