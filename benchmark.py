@@ -261,6 +261,12 @@ def check(args):
         unread |= {name for name in ("batch_size", "input_size") if len(getattr(args, name) or []) > 1}
     if args.task not in ("loader", "breakdown"):
         unread |= given & {"photo_size"}
+    if args.task in ("breakdown", "operators"):  # no turns; the breakdown has rounds of its own
+        unread |= given & {"seconds"}
+    if args.task == "operators":
+        unread |= given & {"rounds"}
+    if args.task != "report" and not any("published" in text.split(",") for text in args.compare or ()):
+        unread |= given & {"published"}
     if args.data_path and not args.resume:
         unread.add("data_path")
     if unread:

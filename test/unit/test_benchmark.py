@@ -19,11 +19,13 @@ from runtime.machine.versions import has_autocast
 pytestmark = pytest.mark.once
 
 BENCHMARK = [sys.executable, commands.ROOT + "/benchmark.py"]
-QUICK = ["--device", "cpu", "--rounds", "2", "--seconds", "0.01", "--batch-size", "2"]
+QUICK = ["--device", "cpu", "--batch-size", "2"]
+TURNS = {"breakdown": ["--rounds", "2"], "operators": []}  # of the tasks that do not race
 
 
 def measure(tmp_path, task, *flags):
-    code, out, err = commands.run(BENCHMARK + [task] + QUICK + ["--json", tmp_path / "figures.json"] + list(flags))
+    flags = TURNS.get(task, ["--rounds", "2", "--seconds", "0.01"]) + list(flags)
+    code, out, err = commands.run(BENCHMARK + [task] + QUICK + ["--json", tmp_path / "figures.json"] + flags)
     assert code == 0, out + err
     with open(str(tmp_path / "figures.json")) as f:
         return json.load(f), out
@@ -99,12 +101,13 @@ def published(tmp_path):
 
 
 def test_the_published_code_is_a_contender(tmp_path, published):
-    small = ["--published", published, "--batch-size", 1]
-    figures, _ = measure(tmp_path, "inference", "--compare", "EvoLeViT_128S,published", "EvoLeViT_128S,fuse", *small)
+    figures, _ = measure(tmp_path, "inference", "--compare", "EvoLeViT_128S,published", "EvoLeViT_128S,fuse",
+                         "--published", published, "--batch-size", 1)
     theirs, ours = figures["rows"]
     assert theirs["gflops"] == ours["gflops"] and ours["ratio"] < 1 < theirs["images_per_s"]
     for teacher in ("regnety_002", "none"):
-        figures, _ = measure(tmp_path, "train", "--compare", "EvoLeViT_128S,published,teacher=" + teacher, *small)
+        figures, _ = measure(tmp_path, "train", "--compare", "EvoLeViT_128S,published,teacher=" + teacher,
+                             "--published", published)
         assert figures["rows"][0]["images_per_s"] > 0
 
 
@@ -237,8 +240,10 @@ def test_one_set_of_weights_at_many_speeds(tmp_path, student):
     (["train", "--compare", "EvoLeViT_128S,teacher-size=0"], "teacher-size=N is a number of pixels, above 0"),
     (["inference", "--compare", "EvoLeViT_128S,keep=0.1,keep=1"], "keep stands there twice"),
     (["inference", "--compare", "EvoLeViT_128S,keep=0.5", "--keep-ratio", "1"], "keep stands there twice"),
-    (["inference", "--compare", "EvoLeViT_128S,channels-last,contiguous"], "contiguous has no effect beside channels-last"),
-    (["train", "--channels-last", "--compare", "EvoLeViT_128S,contiguous"], "contiguous has no effect beside channels-last"),
+    (["inference", "--compare", "EvoLeViT_128S,channels-last,contiguous"],
+     "contiguous has no effect beside channels-last"),
+    (["train", "--channels-last", "--compare", "EvoLeViT_128S,contiguous"],
+     "contiguous has no effect beside channels-last"),
     (["train", "--compare", "EvoLeViT_128S,teacher-precision=int4"], "teacher-precision is one of float32, bf16, int8"),
     (["breakdown", "--compare", "EvoLeViT_128S,published"], "runs in inference and train alone"),
     (["inference", "--compare", "EvoLeViT_128S,published,fuse"], "runs them one way"),
@@ -248,6 +253,12 @@ def test_one_set_of_weights_at_many_speeds(tmp_path, student):
     (["train", "--compare", "EvoLeViT_128S,plain,stored"], "stored has no effect beside plain"),
     (["inference", "--compare", "EvoLeViT_128S,dense,keep=0.5"], "keep has no effect beside dense"),
     (["report", "--rounds", "3"], "--rounds has no effect on report here"),
+    (["operators", "--rounds", "3"], "--rounds has no effect on operators here"),
+    (["operators", "--seconds", "3"], "--seconds has no effect on operators here"),
+    (["operators", "--published", "."], "--published has no effect on operators here"),
+    (["loader", "--published", "."], "--published has no effect on loader here"),
+    (["inference", "--published", ".", "--compare", "EvoLeViT_128S"], "--published has no effect on inference here"),
+    (["breakdown", "--seconds", "3"], "--seconds has no effect on breakdown here"),
     (["inference", "--quick"], "--quick has no effect on inference here"),
     (["breakdown", "--batch-size", "2", "4"], "on breakdown here; leave it out, or give one value"),
     (["inference", "--data-path", "x"], "--data-path has no effect on inference here"),
@@ -256,6 +267,16 @@ def test_one_set_of_weights_at_many_speeds(tmp_path, student):
     (["breakdown", "--keep-ratio", "0.5", "--resume", "x"], "leave it out of breakdown"),
     (["inference", "--keep-ratio", "0.5", "--resume", "x", "--amp"], "amp computes otherwise"),
     (["inference", "--keep-ratio", "0.5", "--resume", "x", "--compare", "EvoLeViT_128S,amp"], "amp computes otherwise"),
+    (["train", "--compare", "resnet18,teacher=regnety_002"],
+     "have the heads that a teacher's labels train; add teacher=none"),
+    (["train", "--compare", "levit_256"], "add teacher=none"),
+    (["train", "--compare", "levit_256,stored"], "add teacher=none in place of stored"),
+    (["train", "--input-size", "64", "--compare", "EvoLeViT_128S,teacher=deit_tiny_patch16_224"],
+     "); add teacher-size=224"),
+    (["train", "--input-size", "64", "--compare", "EvoLeViT_128S,plain,teacher=deit_tiny_patch16_224"],
+     "); name another teacher, or --input-size 224"),
+    (["train", "--input-size", "64", "--batch-size", "1", "--compare", "EvoLeViT_128S,teacher=none"],
+     "normalises by the statistics of a batch, which one image does not have"),
     (["train", "--compare", "EvoLeViT_128S,plain,compile"], "compile has no effect beside plain"),
     (["train", "--compare", "EvoLeViT_128S,teacher=none,teacher-size=64"], "teacher=none has no teacher to run"),
     (["inference", "--compare", "regnety_002,published"], "has Evo-LeViT and Evo-DeiT"),
