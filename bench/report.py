@@ -2,8 +2,10 @@
 
 It writes docs/performance/MACHINE.md, the figures beside it, and machines.md, which has all machines, after each table;
 the same command goes on where it was interrupted, and measures anew what is asked for otherwise than it was (--quick,
---published). It takes about 40 minutes, and with --quick, without the compiler, about 5.
+--published). A table that other code of the project has measured is kept, and marked. It takes about 40 minutes, and
+with --quick, without the compiler, about 5.
 """
+import hashlib
 import json
 import os
 import re
@@ -26,6 +28,9 @@ from runtime.machine.machine import Machine
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 QUICK = ["--rounds", "2", "--seconds", "0.2"]
 TOGETHER = "machines.md"  # the page of all machines
+# What tables depend on; this module only asks for them and writes them down.
+CODE = ("evo_vit", "runtime", "bench", "fix_timm", "benchmark.py", "datasets.py", "engine.py", "flags.py", "losses.py",
+        "samplers.py")
 BUSY = 0.5  # processors at work for other programs: more of them, and a table says so
 
 
@@ -187,6 +192,21 @@ def _others_seconds() -> float:
     return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
+def code_hash(root: str = ROOT) -> str:
+    """What tells the project's code, as far as tables depend on it, from other code."""
+    paths = [os.path.join(root, name) for name in CODE]
+    for folder in list(paths):
+        for inner, _, names in os.walk(folder):
+            paths += [os.path.join(inner, name) for name in names]
+    found = hashlib.sha256()
+    for name in sorted(os.path.relpath(path, root).replace(os.sep, "/") for path in paths):
+        if name.endswith(".py") and name != "bench/report.py" and os.path.isfile(os.path.join(root, name)):
+            with open(os.path.join(root, name), "rb") as f:
+                content = f.read()
+            found.update("{} {}\n".format(name, len(content)).encode() + content)
+    return found.hexdigest()[:16]
+
+
 def _measure(arguments, published):
     """benchmark.py's figures, with when they were taken and how many processors worked for other programs meanwhile."""
     began, others = time.time(), _others_seconds()
@@ -248,8 +268,8 @@ def side_by_side(machines: Dict[str, dict]) -> str:
     return "\n".join(text + [""])
 
 
-def written(about: dict, found: Dict[str, dict], left_out: Dict[str, str]) -> str:
-    """The page of a machine. left_out: what_it_cannot."""
+def written(about: dict, found: Dict[str, dict], left_out: Dict[str, str], code: str) -> str:
+    """The page of a machine. left_out: what_it_cannot. code: code_hash, of which tables of another are marked."""
     text = ["# {machine}".format(**about), "",
             "`python benchmark.py report` on {cores} cores, {memory_gib} GiB, {threads} threads, PyTorch {torch}, timm "
             "{timm}. A ratio is to the first contender of its table, which takes turns with the others; each has a "
@@ -271,8 +291,9 @@ def written(about: dict, found: Dict[str, dict], left_out: Dict[str, str]) -> st
         published = any("published" in row.get("contender", "").split(",") for row in one["rows"])
         text += ["## " + table.title, "", "`python benchmark.py {}{}`".format(
                      " ".join(one["arguments"]), " --published DIR" if published else ""), "",
-                 "{}{}; {:.0f} s; float32 matrix products {:.0f} GFLOP/s".format(
-                     one["day"], ", **beside other work ({:.1f} processors)**".format(one["others"]) if busy else "",
+                 "{}{}{}; {:.0f} s; float32 matrix products {:.0f} GFLOP/s".format(
+                     one["day"], "" if one.get("code") == code else ", **with other code than this page**",
+                     ", **beside other work ({:.1f} processors)**".format(one["others"]) if busy else "",
                      one["seconds"], one["matmul_gflops_per_s"]), ""]
         text += markdown(one["rows"]) + [""]
     return "\n".join(text)
@@ -297,19 +318,25 @@ def report(device: torch.device, quick: bool, folder: Optional[str] = None, publ
     tables = tables_for(quick, left_out, published is not None)
     for number, table in enumerate(tables, 1):
         arguments = table.arguments + ["--device", device.type, "--compare"] + table.contenders
-        if found.get(table.title, {}).get("arguments") == arguments:
+        one = found.get(table.title, {})
+        if one.get("arguments") == arguments:
+            if one.get("code") != code_hash():
+                say("{}: measured with other code, {}; remove it from {}.json to measure it anew".format(
+                    table.title, one["day"], path))
             continue
         say("{} of {}: {}".format(number, len(tables), table.title))
-        found[table.title] = _measure(arguments, published)
+        found[table.title] = dict({"code": code_hash()}, **_measure(arguments, published))
         write_json(path + ".json", kept)
-        write_text(path + ".md", written(about, found, left_out))
-        _write_side_by_side(folder)
+        _write_pages(path, kept)
+    _write_pages(path, kept)  # also where nothing was measured: what is asked may be new
     say("{0}.md holds the tables, {0}.json the figures; {1} has all machines".format(
         path, os.path.join(folder, TOGETHER)))
 
 
-def _write_side_by_side(folder):
-    pages = {}
+def _write_pages(path, kept):
+    """The page of this machine, and the one that has all."""
+    write_text(path + ".md", written(kept["about"], kept["tables"], kept["left_out"], code_hash()))
+    folder, pages = os.path.dirname(path), {}
     for file in sorted(os.listdir(folder)):
         kept = _read(os.path.join(folder, file)) if file.endswith(".json") else {}
         if {"about", "tables", "left_out"} <= set(kept):

@@ -335,15 +335,65 @@ def test_own_programs_are_no_other_work(monkeypatch):
     assert before - report._others_seconds() == pytest.approx(1000 * (1 + 2 + 3 + 4), abs=500)
 
 
+def figures_of_a_table(**more):
+    row = dict.fromkeys(("milliseconds", "milliseconds_min", "milliseconds_max", "images_per_s", "ratio", "ratio_min",
+                         "ratio_max", "gflops", "of_matmul_rate", "peak_memory_mb"), 1.0)
+    return dict({"arguments": ["inference"], "rows": [dict(row, contender="a", batch_size=1, input_size=64)],
+                 "seconds": 1.0, "matmul_gflops_per_s": 1.0, "day": "today", "others": 0.0}, **more)
+
+
 def test_a_table_beside_other_work_says_so():
     about = {"machine": "one", "cores": 2, "memory_gib": 4, "threads": 2, "torch": "2", "timm": "1"}
     for others, said in ((0.1, False), (0.8, True)):
-        row = dict.fromkeys(("milliseconds", "milliseconds_min", "milliseconds_max", "images_per_s", "ratio",
-                             "ratio_min", "ratio_max", "gflops", "of_matmul_rate", "peak_memory_mb"), 1.0)
-        one = {"arguments": ["inference"], "rows": [dict(row, contender="a", batch_size=1, input_size=64)],
-               "seconds": 1.0, "matmul_gflops_per_s": 1.0, "day": "today", "others": others}
-        text = report.written(about, {report.TABLES[0].title: one}, {})
+        one = figures_of_a_table(others=others)
+        text = report.written(about, {report.TABLES[0].title: one}, {}, "code")
         assert ("**beside other work (0.8 processors)**" in text) == said
+
+
+def test_a_table_that_other_code_has_measured_says_so(tmp_path, monkeypatch):
+    def reported(code, *titles):
+        said = []
+        monkeypatch.setattr(report, "code_hash", lambda: code)
+        monkeypatch.setattr(report, "TABLES", [report.Table(title, ["inference"], ["a"], {"a": report.Target(
+            "target of " + title, 1, 2)}) for title in titles])
+        report.report(torch.device("cpu"), True, str(tmp_path), say=said.append)
+        page, = set(tmp_path.glob("*.md")) - {tmp_path / "machines.md"}
+        return said[:-1], page.read_text(), (tmp_path / "machines.md").read_text()
+
+    monkeypatch.setattr(report, "_measure", lambda arguments, published: figures_of_a_table(arguments=arguments))
+    said, page, _ = reported("first", "One")
+    assert said == ["1 of 1: One"] and "other code" not in page
+    assert reported("first", "One")[:2] == ([], page)
+    said, page, _ = reported("second", "One", "Two")
+    file, = tmp_path.glob("*.json")
+    assert said == ["One: measured with other code, today; remove it from {} to measure it anew".format(file),
+                    "2 of 2: Two"]
+    one, two = page.split("## One")[1].split("## Two")
+    assert "with other code" in one and "other code" not in two
+    monkeypatch.setattr(report, "_measure", None)
+    tables = json.loads(file.read_text())["tables"]
+    assert [tables[title]["code"] for title in ("One", "Two")] == ["first", "second"]
+    file.write_text(file.read_text().replace('"code"', '"nothing"'))  # as older reports have left it
+    said, page, _ = reported("second", "One", "Two")
+    assert len(said) == 2 and page.count("with other code") == 2
+    monkeypatch.setattr(report, "PUBLISHED", [])
+    _, page, together = reported("second", "Two")  # the pages are written also where nothing is measured
+    assert "target of One" not in page + together and "target of Two" in page and "target of Two" in together
+
+
+def test_the_hash_of_the_code_knows_what_is_measured(tmp_path):
+    def hash_with(**files):
+        for name, text in files.items():
+            path = tmp_path / name.replace("__", "/").replace("_py", ".py")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return report.code_hash(str(tmp_path))
+    first = hash_with(evo_vit__model_py="a", engine_py="b")
+    assert hash_with(README="c", visualize_py="d", bench__report_py="e") == first
+    hashes = [first, hash_with(evo_vit__model_py="b"), hash_with(runtime__machine__cost_py="a"),
+              hash_with(engine_py="a")]
+    assert len(set(hashes)) == 4 and hash_with(evo_vit__model_py="a", engine_py="b") not in hashes
+    assert re.match("[0-9a-f]{16}$", first) and report.code_hash() == report.code_hash()
 
 
 def test_the_tables_of_a_report_suit_what_is_there():
