@@ -64,7 +64,7 @@ TABLES = [
            "EvoLeViT_256,amp": Target("full step, all in bf16", 2.4, 3.1),
            "EvoLeViT_256,stored": Target("full step with stored teacher labels, float32", 4.0, 4.0)},
           "EvoLeViT_256,published"),
-    Table("Training step at 384 pixels, the teacher at 224",
+    Table("Training step at 384 pixels, ours with the teacher at 224",
           ["train", "--input-size", "384", "--batch-size", "4", "--rounds", "5"],
           ["EvoLeViT_256_384,plain", "EvoLeViT_256_384,teacher-size=224", "EvoLeViT_256_384,teacher-size=224,compile"],
           {"EvoLeViT_256_384,teacher-size=224": Target("full step at 384 with the teacher at 224, float32", 2.7, 3.0)},

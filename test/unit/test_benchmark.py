@@ -381,6 +381,14 @@ def test_a_table_that_other_code_has_measured_says_so(tmp_path, monkeypatch):
     assert "target of One" not in page + together and "target of Two" in page and "target of Two" in together
 
 
+def test_no_kept_table_has_lost_its_title():
+    folder = os.path.join(commands.ROOT, "docs", "performance")
+    titles = {table.title for table in report.TABLES + report.PUBLISHED}
+    kept = [set(report._read(os.path.join(folder, name))["tables"]) for name in os.listdir(folder)
+            if name.endswith(".json")]
+    assert kept and all(own <= titles for own in kept)
+
+
 def test_the_hash_of_the_code_knows_what_is_measured(tmp_path):
     def hash_with(**files):
         for name, text in files.items():
