@@ -140,7 +140,7 @@ def get_args_parser():
         "of the teacher: the student's (same), or its own; bf16 and int8 (a CPU's) are checked against float32 before "
         "training")
     add("--teacher-agreement", type=share, default=0.98, metavar="SHARE", help="stop if a teacher in bf16 or int8 "
-        "has the first choice of float32 for less than this share of 256 training crops")
+        "has the first choice of float32 for less than this share of 256 training crops, before they are mixed")
     add("--write-teacher-labels", type=path, default="", metavar="DIR",
         help="train nothing, but store the teacher's labels of " "--epochs epochs with the crops of this run")
     add("--teacher-labels", type=path, default="", metavar="DIR", help="take stored labels, with their crops, over and "
@@ -260,8 +260,11 @@ def check_evaluation(given):
                 name.replace("_", "-")))
 
 
-def check_recipe(args):
-    """Raises UserError for flags that do not go together."""
+_OF_A_TEACHER = ("teacher_model", "teacher_path", "teacher_input_size", "distillation_alpha", "distillation_tau")
+
+
+def check_recipe(args, given=frozenset()):
+    """Raises UserError for flags that do not go together; `given`: those that the command line has."""
     if mixes(args) and args.batch_size % 2:
         raise UserError("--batch-size {} is odd, and mixup and CutMix mix pairs; use an even one, or --mixup 0 "
             "--cutmix 0".format(args.batch_size))
@@ -291,8 +294,8 @@ def check_recipe(args):
         raise UserError("--distillation-type none has no teacher whose labels could be stored; leave {} out".format(
             "--teacher-labels" if args.teacher_labels else "--write-teacher-labels"))
     if args.teacher_precision != "same" and (args.teacher_labels or args.distillation_type == "none"):
-        raise UserError("--teacher-precision {}: {} has no teacher to run; leave it out".format(args.teacher_precision,
-            "--teacher-labels" if args.teacher_labels else "--distillation-type none"))
+        raise UserError("--teacher-precision {}: {} has no teacher to run; use --teacher-precision same".format(
+            args.teacher_precision, "--teacher-labels" if args.teacher_labels else "--distillation-type none"))
     if args.distillation_alpha == 0 and (args.teacher_labels or args.teacher_precision != "same"):
         raise UserError("--distillation-alpha 0 uses no teacher; leave {} out".format(
             "--teacher-labels" if args.teacher_labels else "--teacher-precision"))
@@ -303,6 +306,13 @@ def check_recipe(args):
     if args.best_by == "test_ema_acc1" and (not args.model_ema or args.model_ema_force_cpu):
         raise UserError("--best-by test_ema_acc1 needs the average on the device; leave --no-model-ema and "
                         "--model-ema-force-cpu out")
+    if args.distillation_type == "none":
+        for name in _OF_A_TEACHER:
+            if name in given:
+                raise UserError("--{} is for a teacher, and with --distillation-type none, the default of Evo-DeiT, "
+                    "there is none; add --distillation-type hard, or leave it out".format(name.replace("_", "-")))
+    if "teacher_agreement" in given and args.teacher_precision in ("same", "float32"):
+        raise UserError("--teacher-agreement is for --teacher-precision bf16 or int8; add it, or leave this one out")
 
 
 def mixes(args):

@@ -46,11 +46,12 @@ from runtime.keeping.settings import (
 )
 from runtime.keeping.sharing import same_for_all
 from runtime.keeping.state import TrainingState
-from runtime.keeping.teacher_labels import WEIGHTS, LabelWriter, TeacherLabels, label_settings
+from runtime.keeping.teacher_labels import FORMAT, WEIGHTS, LabelWriter, TeacherLabels, label_settings
 from runtime.learning.average import ModelEma
 from runtime.learning.finetuning import start_from
 from runtime.learning.models import (
     EVO_DEIT,
+    NO_SELECTION,
     apply_token_schedule,
     build_model,
     check_model_name,
@@ -306,6 +307,7 @@ def write_labels(args, machine, agreement, index):
     feed = Feed(loader, sampler, mixup)
     settings = label_settings(args, sampler.replicas, data)
     settings[WEIGHTS] = file_hash(local_file(args.teacher_path, "--teacher-path"))
+    settings[FORMAT] = machine.precision.name if args.teacher_precision == "same" else args.teacher_precision
     writer = LabelWriter(args.write_teacher_labels, settings, machine.world.is_main)
     criterion.alpha = criterion.alpha or 1.0  # labels are written also where this loss would not use them
     damaged = set()
@@ -343,12 +345,18 @@ def evaluate_checkpoint(args, given, checkpoint, machine, index):
         describe(model, args, machine)
     if args.export_weights and isinstance(model, Program):
         checkpoint.refuse("is an exported program, whose weights cannot be taken out; leave --export-weights out")
+    if (args.compile or machine.precision.name != "float32") and isinstance(model, Program):
+        checkpoint.refuse("is an exported program, which runs as it was written, in float32; leave {} out".format(
+            "--compile" if args.compile else "--opt-level and --amp-dtype"))
     if given & {"prune_warmup_epoch", "stage_wise_epoch"} and isinstance(model, Program):
         checkpoint.refuse("is an exported program, whose mode is built in; leave --stage-wise-epoch and "
                           "--prune-warmup-epoch out")
     if given & {"prune_warmup_epoch", "stage_wise_epoch"}:
         epoch = max(checkpoint.settings().get("epoch") or 0, 0)
         mode = apply_token_schedule(model, epoch, args.prune_warmup_epoch, args.stage_wise_epoch)
+    if "keep_ratio" in given and mode.endswith(NO_SELECTION):
+        raise UserError("--keep-ratio: {} is evaluated in its mode, {}, in which all tokens are kept; leave it out, or "
+                        "choose a mode by --prune-warmup-epoch 0".format(checkpoint.path, mode))
     mean, std = checkpoint.statistics() or timm_statistics(model)
     renormalize = Renormalize(mean, std)
     machine.place(model)
@@ -432,7 +440,7 @@ def run(args, given):
     index = open_index(args, machine, agreement)
     if args.eval:
         return evaluate_checkpoint(args, given, checkpoint, machine, index)
-    check_recipe(args)
+    check_recipe(args, given)
     if args.write_teacher_labels:
         return write_labels(args, machine, agreement, index)
     try:

@@ -34,7 +34,7 @@ from runtime.learning.models import (
     parameters_without_gradient,
 )
 from runtime.learning.optimizer import build_optimizer
-from runtime.learning.quantized import Quantized, quantize
+from runtime.learning.quantized import Quantized, adds_exactly, quantize
 from runtime.learning.teacher import Teacher, View, fold_batch_norms
 from runtime.learning.teacher_precision import DTYPES, INT8, need_precision
 from runtime.machine.compiling import compile_module, frozen_weights
@@ -262,7 +262,8 @@ class Training:
         need_precision(name, Machine(self.images.device, precision=precision))
         teacher = Teacher(network, View(size), torch.float32, last, own_format=True)
         if name == INT8:
-            teacher.replace(Quantized(quantize(network, [torch.randn(8, 3, size, size)]), count_macs(network, size)))
+            content = quantize(network, [torch.randn(8, 3, size, size)], adds_exactly())
+            teacher.replace(Quantized(content, count_macs(network, size)))
         else:
             teacher.compute_in(DTYPES[name])
         return teacher

@@ -85,6 +85,8 @@ class EvoModel(nn.Module):
         if indices is None:
             indices = range(count)
         elif isinstance(indices, int):
+            if not 0 <= indices <= count:
+                raise ValueError("the last {} stages: there are {}".format(indices, count))
             indices = range(count - indices, count)
         if any(not -count <= index < count for index in indices):
             raise ValueError("indices {}: the stages are 0 to {}".format(list(indices), count - 1))

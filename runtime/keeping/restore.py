@@ -9,6 +9,7 @@ from ..learning.models import (
     classes_of,
     default_input_size,
     fold_like,
+    has_more_heads,
     is_evo,
     is_evo_name,
     load_weights,
@@ -54,7 +55,7 @@ def restore(checkpoint: Checkpoint, name: Optional[str] = None, input_size: Opti
         checkpoint.refuse(
             "does not say how many classes {} has; evaluate it with main.py --eval on its data".format(name))
     input_size = input_size or saved.get("input_size") or default_input_size(name)
-    more_heads = is_evo_name(name) and any(key.startswith(("head_dist.", "head_cls.")) for key in state)
+    more_heads = is_evo_name(name) and has_more_heads(state)
     keep_ratio = saved.get("keep_ratio") if keep_ratio is None else keep_ratio
     model = build_model(name, count, input_size, more_heads, keep_ratio=keep_ratio)
     load_weights(fold_like(state, model), state, name, checkpoint.refuse)

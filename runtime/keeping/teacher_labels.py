@@ -28,12 +28,13 @@ DEPENDS_ON = ("data_set", "inat_category", "input_size", "batch_size", "seed", "
 WEIGHTS = "teacher_weights"  # the hash of the teacher's file, which only who writes labels has
 PICTURES, LABELS = "pictures", "labels"  # settings.pictures_sum and labels_sum
 CROPS = "crops"  # sample_crops
+FORMAT = "computed_in"  # the teacher's number format, which again only who writes has
 _SAMPLES = 16  # pictures
 _MEANS = 4  # a side
 _UNLIKE = 8.0  # of 255: copies of a picture in another size or quality stay below
 _FEW = 2  # samples that may be unlike: a policy's thresholds (solarize) can turn rounding into a difference
 _WORDS = {"replicas": "processes x --accum-steps", "images": "the number of training images",
-          "num_classes": "the number of classes", WEIGHTS: "teacher weights of the SHA-256",
+          "num_classes": "the number of classes", WEIGHTS: "teacher weights of the SHA-256", FORMAT: "a teacher in",
           PICTURES: "the checksum of names", LABELS: "labels of the checksum"}
 
 
@@ -155,7 +156,7 @@ def _compare(stored, settings, folder, flag):
     crops, own = stored.pop(CROPS, None), settings.pop(CROPS, None)
     for name, value in settings.items():
         # older labels do not say whose they are
-        if stored.get(name) != value and (name not in (WEIGHTS, PICTURES, LABELS) or name in stored):
+        if stored.get(name) != value and (name not in (WEIGHTS, FORMAT, PICTURES, LABELS) or name in stored):
             raise UserError("{}: the labels in {} were written with {} {} and this run has {}; other crops or labels "
                             "belong to it".format(flag, folder, _WORDS.get(name) or flag_name(name), stored.get(name),
                                                   value))

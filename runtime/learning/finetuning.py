@@ -1,6 +1,7 @@
 """Weights of another size or class count as the start of a training."""
 import re
 import sys
+from functools import partial
 from typing import Callable, Dict, List, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ def start_from(state: Dict[str, torch.Tensor], model: torch.nn.Module,
     """
     own, adapted, left_out, misfits = model.state_dict(), {}, [], []
     parameters = {key for key, _ in model.named_parameters()}
-    for key, value in _as_timm_does(state, model).items():
+    for key, value in _as_timm_does(state, model, name, refuse).items():
         if key not in own:
             left_out.append(key)
         elif _is_classifier(key, own[key], model) and (value.shape != own[key].shape or not same_classes):
@@ -38,7 +39,7 @@ def start_from(state: Dict[str, torch.Tensor], model: torch.nn.Module,
         elif value.shape == own[key].shape:
             adapted[key] = value
         elif key.split(".")[-1] in ("poss", "pos_embed") and value.dim() == 3 and value.shape[-1] == own[key].shape[-1]:
-            adapted[key] = resize_position_embedding(value, own[key].shape[1])
+            adapted[key] = _said(partial(resize_position_embedding, value, own[key].shape[1]), name, refuse)
         elif key in parameters or own[key].is_floating_point():
             misfits.append(key)
         else:
@@ -65,11 +66,19 @@ def _is_classifier(key, own, model):
     return bool(_HEADS.search(key)) and own.dim() > 0 and own.shape[0] == getattr(model, "num_classes", None)
 
 
-def _as_timm_does(state, model):
+def _said(function, name, refuse):
+    """What function() gives; the sentence of its ValueError goes to `refuse`."""
+    try:
+        return function()
+    except ValueError as error:
+        refuse("cannot be fine-tuned as {}: {}".format(name, error))
+
+
+def _as_timm_does(state, model, name, refuse):
     """`state` by the model file's own filter for weights of another size, where timm has one for it; a plain DeiT's
     under the names of Evo-DeiT."""
     if isinstance(model, EvoDeiT) and "blocks.0.attn.qkv.weight" in state:
-        return from_deit(state)
+        return _said(partial(from_deit, state), name, refuse)
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if adapt is None or type(model).__module__.startswith("evo_vit"):
         return state

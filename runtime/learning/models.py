@@ -138,6 +138,11 @@ def fold_like(state: Dict[str, torch.Tensor], model: torch.nn.Module) -> torch.n
     return model.fuse() if isinstance(model, EvoLeViT) and "patch_embed.0.weight" in state else model
 
 
+def has_more_heads(state: Dict[str, torch.Tensor]) -> bool:
+    """Whether the weights `state` of a model of evo_vit/ include the heads that serve training alone."""
+    return any(name.startswith(("head_dist.", "head_cls.")) for name in state)
+
+
 def classes_of(state: Dict[str, torch.Tensor]) -> Optional[int]:
     """Number of classes of a model of evo_vit/ with the weights `state`, None for weights of another kind."""
     head = state.get("head.l.weight", state.get("head.weight"))

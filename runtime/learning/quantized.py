@@ -38,10 +38,10 @@ class Quantized(nn.Module):
         return torch.from_numpy(self.session.run(["logits"], {"images": images.contiguous().numpy()})[0])
 
 
-def fingerprint(model: nn.Module, batches: List[torch.Tensor]) -> str:
+def fingerprint(model: nn.Module, batches: List[torch.Tensor], exact: bool) -> str:
     """What tells the int8 network that `quantize` makes of the same arguments from another."""
     import onnxruntime
-    digest = hashlib.sha256("{} {} {} {} {}".format(_VERSION, _OPSET, onnxruntime.__version__, _weights(),
+    digest = hashlib.sha256("{} {} {} {} {}".format(_VERSION, _OPSET, onnxruntime.__version__, _weights(exact),
                                                     model).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -64,7 +64,7 @@ def _quiet():
         root.setLevel(level)
 
 
-def _adds_exactly() -> bool:
+def adds_exactly() -> bool:
     """Whether this processor's sums of unsigned times signed bytes are exact: with instructions for them they are, and
     fast; without, pairs of products overflow 16 bits."""
     import onnxruntime
@@ -82,11 +82,11 @@ def _adds_exactly() -> bool:
 
 # --- where sums are not exact, weights have no sign, which takes longer; ONNX Runtime before 1.23 gives them one all
 # the same (seen in 1.14 and 1.19), so there they have seven bits.
-def _weights() -> dict:
+def _weights(exact) -> dict:
     """How weights are written in eight bits, as quantize_static's arguments."""
     import onnxruntime
     from onnxruntime.quantization import QuantType
-    if _adds_exactly():
+    if exact:
         return dict(weight_type=QuantType.QInt8)
     if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < (1, 23):
         return dict(weight_type=QuantType.QInt8, reduce_range=True)
@@ -104,9 +104,10 @@ def _simplified(path: str, to: str) -> str:
     return to
 
 
-def quantize(model: nn.Module, batches: List[torch.Tensor]) -> bytes:
+def quantize(model: nn.Module, batches: List[torch.Tensor], exact: bool) -> bytes:
     """The eval-mode float32 `model` in int8, as ONNX. batches: pictures as it is to see them, (B, 3, H, W) each, from
-    which the range of every activation is taken. Raises UserError where it cannot be written."""
+    which the range of every activation is taken. exact: whether adds_exactly wherever it will run. Raises UserError
+    where it cannot be written."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):
@@ -124,7 +125,7 @@ def quantize(model: nn.Module, batches: List[torch.Tensor]) -> bytes:
             with open(plain, "wb") as f:
                 f.write(onnx_bytes(model, batches[0][:2], _OPSET))
             quantize_static(_simplified(plain, simple), small, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-                            activation_type=QuantType.QUInt8, **_weights())
+                            activation_type=QuantType.QUInt8, **_weights(exact))
         except Exception as error:  # whatever either raises for a network that it does not know
             raise UserError("--teacher-precision int8: the teacher cannot be written in int8 ({}); use bf16 or float32"
                             .format(" ".join(str(error).split())[:160] or type(error).__name__))

@@ -16,7 +16,15 @@ from ..machine import versions
 from ..machine.compiling import compile_module, frozen_weights
 from ..machine.cost import count_macs
 from ..machine.machine import Machine
-from .models import check_model_name, default_input_size, load_weights
+from .models import (
+    check_model_name,
+    default_input_size,
+    fold_like,
+    has_more_heads,
+    is_evo_name,
+    load_weights,
+    set_mode,
+)
 from .normalization import Renormalize, timm_statistics
 
 CPU_CHUNK = 8  # images at a time on a CPU: a larger batch's activations fall out of the caches
@@ -146,7 +154,8 @@ def build_teacher(name: str, checkpoint, classes: List[str], machine: Machine, s
 
     input_size: what the user asks the teacher to be shown; if None the student's images as they are, or resized to the
     teacher's own size where it takes no other. own_format: it computes in float32, whatever the student computes in.
-    Its normalisation is that of its checkpoint, if that says so, else timm's. Raises UserError for an unknown name and
+    Its normalisation is that of its checkpoint, if that says so, else timm's; so are the mode and the keep ratio of a
+    model of evo_vit/. Raises UserError for an unknown name and
     for a file that is of another architecture or trained on other classes.
     """
     check_model_name(name, "--teacher-model")
@@ -156,12 +165,17 @@ def build_teacher(name: str, checkpoint, classes: List[str], machine: Machine, s
     fixed = bool(get_pretrained_cfg_value(name, "fixed_input_size"))
     if fixed and own_size != default_input_size(name):
         options["img_size"] = own_size
+    state = checkpoint.weights()
+    if is_evo_name(name):
+        options["distillation"] = has_more_heads(state)
+        if checkpoint.settings().get("keep_ratio") is not None:
+            options["keep_ratio"] = checkpoint.settings()["keep_ratio"]
     try:
         model = create_model(name, **options)
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise UserError("--teacher-model {}: {}".format(name, " ".join(str(error).split())[:200]))
-    state = checkpoint.weights()
-    load_weights(model, state, name, checkpoint.refuse)
+    load_weights(fold_like(state, model), state, name, checkpoint.refuse)
+    set_mode(model, checkpoint.mode())
     columns = checkpoint.places_of(classes) if own_classes not in (None, classes) else None
     model.eval().requires_grad_(False)
     size = input_size or (own_size if fixed else student_size)

@@ -17,7 +17,7 @@ from ..machine.devices import synchronize
 from ..machine.machine import Machine
 from ..machine.onnx_bytes import OLDEST_TORCH
 from ..pictures.batches import collate
-from .quantized import Quantized, fingerprint, quantize
+from .quantized import Quantized, adds_exactly, fingerprint, quantize
 from .teacher import Teacher
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -31,7 +31,7 @@ def need_precision(name: str, machine: Machine):
     """Raises UserError where a teacher cannot compute in `name`, one of DTYPES or INT8, beside the student."""
     if machine.precision.backend == "apex":
         raise UserError("--teacher-precision {}: apex decides how every model computes; use --amp-backend native, or "
-                        "leave it out".format(name))
+                        "--teacher-precision same".format(name))
     if name == "bf16" and not versions.has_bf16(machine.device.type):
         raise UserError("--teacher-precision bf16: this {} does not compute in bf16; use float32".format(
             machine.device.type))
@@ -86,15 +86,16 @@ def _kept(path, say):
     return content
 
 
-def _quantized(teacher, view, machine, teacher_path):
-    """The int8 network of the teacher's: the file beside `teacher_path`, or else what is made and kept there."""
+def _quantized(teacher, view, machine, teacher_path, exact_sums):
+    """The int8 network of the teacher's: the file beside `teacher_path`, or else what is made and kept there.
+    exact_sums: what `quantize` has to know."""
     crops = _crops(view, _spread(min(CALIBRATION, len(view)), view, CROPS))
     images = [teacher.prepare(machine.images(pixels)) for pixels in crops]
-    path = "{}.int8-{}.onnx".format(teacher_path, fingerprint(teacher.model, images))
+    path = "{}.int8-{}.onnx".format(teacher_path, fingerprint(teacher.model, images, exact_sums))
     content = _kept(path, machine.say)
     if content is None:
         machine.say("Teacher in int8: calibrating it on {} training crops (once)".format(sum(map(len, images))))
-        content = quantize(teacher.model, images)
+        content = quantize(teacher.model, images, exact_sums)
         own = "{}.{}".format(path, os.getpid())  # another run may write here at the same time
         try:
             write_whole(own, lambda f: f.write(content))
@@ -127,7 +128,9 @@ def set_precision(teacher: Teacher, name: str, view: Dataset, machine: Machine, 
     exact, exact_seconds = _first_choices(teacher, batches, machine)
     if name == INT8:
         macs = teacher.image_macs(machine.images(batches[0]).shape[-1])
-        content = shelf.agreement.all_done(lambda: _quantized(teacher, view, machine, shelf.teacher_path)
+        exact_sums = shelf.agreement.total(int(not adds_exactly())) == [0]  # machines may have other processors
+        content = shelf.agreement.all_done(lambda: _quantized(teacher, view, machine, shelf.teacher_path,
+                                                              exact_sums)
                                            if machine.world.is_main else None)
         teacher.replace(Quantized(shelf.agreement.from_process(0, content), macs))
     else:

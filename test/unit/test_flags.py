@@ -206,6 +206,9 @@ def test_the_keep_ratio_is_the_models(digit_folder, tmp_path):
         code, _, err = commands.run([sys.executable, commands.MAIN, "--eval", "--resume", path, "--keep-ratio", wrong]
             + flags)
         assert code == 2 and err.startswith("error: --keep-ratio") and err.count("\n") == 1, err
+    code, _, err = commands.run([sys.executable, commands.MAIN, "--eval", "--resume", path, "--keep-ratio", 0.7,
+         "--prune-warmup-epoch", 300] + flags)
+    assert code == 2 and "no token selection, in which all tokens are kept; leave it out" in err
     code, _, err = commands.run([sys.executable, commands.MAIN, "--data-set", "DIGITS", "--model", "resnet18",
          "--distillation-type", "none", "--keep-ratio", 0.5, "--input-size", 64, "--batch-size", 8] + flags)
     assert code == 2 and "resnet18 keeps all its tokens" in err

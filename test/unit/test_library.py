@@ -67,6 +67,9 @@ def test_features_of_the_stages():
     assert [tuple(f.shape) for f in rows] == [(2, 4, 384)]
     with pytest.raises(ValueError, match="the stages are 0 to 2"):
         model.forward_intermediates(images, indices=[3])
+    for number in (4, -1):
+        with pytest.raises(ValueError, match="the last {} stages: there are 3".format(number)):
+            model.forward_intermediates(images, indices=number)
     with pytest.raises(ValueError, match="neither NCHW nor NLC"):
         model.forward_intermediates(images, output_fmt="NHWC")
     if not hasattr(timm, "layers"):

@@ -13,7 +13,8 @@ from reference import draw, images, load_json, relative_error
 from evo_vit.compat import TORCH
 from runtime.errors import UserError
 from runtime.keeping.checkpoint import load_checkpoint
-from runtime.learning.quantized import quantize
+from runtime.learning.models import build_model, set_mode
+from runtime.learning.quantized import adds_exactly, quantize
 from runtime.learning.teacher import Teacher, build_teacher
 from runtime.learning.teacher_precision import Shelf, need_precision, set_precision
 from runtime.machine.agreement import Agreement
@@ -37,6 +38,27 @@ def test_a_teacher_saved_by_timm_0_4_12_gives_equal_outputs(tmp_path):
 
 
 SHELF = Shelf("teacher.pth", Agreement())
+
+
+@pytest.mark.parametrize("name, heads", [("EvoLeViT_128S", True), ("EvoLeViT_128S", False),
+                                         ("evo_deit_tiny_patch16_224", True)])
+@torch.no_grad()
+def test_a_teacher_of_this_project_runs_as_it_was_trained(name, heads, tmp_path):
+    """Its mode, its keep ratio and its heads are those of its checkpoint."""
+    machine, x, path = Machine(torch.device("cpu")), torch.randn(4, 3, 128, 128), str(tmp_path / "teacher.pth")
+    for mode, keep_ratio in (("layer-wise", 0.9), ("stage-wise", 0.3), ("layer-wise, no token selection", 0.5)):
+        torch.manual_seed(0)
+        model = build_model(name, 10, 128, heads, keep_ratio=keep_ratio)
+        for parameter in model.parameters():  # as if trained, so that tokens and modes differ
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        set_mode(model.eval(), mode)
+        torch.save({"model": model.state_dict(), "mode": mode, "args": {
+            "model": name, "input_size": 128, "keep_ratio": keep_ratio}}, path)
+        teacher = build_teacher(name, load_checkpoint(path, "--teacher-path"), [str(n) for n in range(10)], machine,
+                                128)
+        assert relative_error(teacher(x), model(x)) < 1e-5
+        set_mode(model, "stage-wise" if mode.startswith("layer") else "layer-wise")
+        assert relative_error(teacher(x), model(x)) > 1e-4
 
 
 class Close(torch.nn.Module):
@@ -122,7 +144,7 @@ def test_a_teacher_in_int8_is_made_once_and_held_to_float32(tmp_path, capsys, mo
     need_onnxruntime()
     import onnx
     if instructions is not None:
-        monkeypatch.setattr("runtime.learning.quantized._adds_exactly", lambda: instructions)
+        monkeypatch.setattr("runtime.learning.teacher_precision.adds_exactly", lambda: instructions)
     machine, made = Machine(torch.device("cpu")), []
     shelf = Shelf(str(tmp_path / "teacher.pth"), Agreement())
     pictures = Pictures(300)
@@ -169,7 +191,8 @@ def test_layers_of_equal_biases_are_in_int8_as_well(value):
               torch.nn.Conv2d(8, 8, 1), torch.nn.ReLU(), torch.nn.Flatten()]
     for layer in layers[::2][:3]:
         torch.nn.init.constant_(layer.bias, value)
-    graph = onnx.load_from_string(quantize(torch.nn.Sequential(*layers).eval(), [torch.rand(2, 3, 8, 8)])).graph
+    content = quantize(torch.nn.Sequential(*layers).eval(), [torch.rand(2, 3, 8, 8)], adds_exactly())
+    graph = onnx.load_from_string(content).graph
     maker = {output: node.op_type for node in graph.node for output in node.output}
     inputs = [[maker.get(name) for name in node.input] for node in graph.node if node.op_type == "Conv"]
     assert inputs == 3 * [3 * ["DequantizeLinear"]]

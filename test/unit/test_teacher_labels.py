@@ -15,7 +15,7 @@ import main
 from runtime.errors import UserError
 from runtime.keeping.settings import pictures_sum
 from runtime.keeping.state import Done
-from runtime.keeping.teacher_labels import WEIGHTS, LabelWriter, TeacherLabels, sample_crops
+from runtime.keeping.teacher_labels import FORMAT, WEIGHTS, LabelWriter, TeacherLabels, sample_crops
 from runtime.pictures.batches import TrainingView, collate
 from samplers import Feed, build_train_sampler
 
@@ -56,6 +56,8 @@ def test_stored_labels_give_the_losses_of_the_live_teacher(labels, digit_folder,
 
 def test_stored_labels_have_a_line_for_every_image_and_take_two_bytes(labels):
     names = sorted(os.listdir(labels))
+    with open(os.path.join(labels, "settings.json")) as f:
+        assert json.load(f)[FORMAT] == "float32"
     assert names == ["epoch-0000-replica-0000.npy", "epoch-0001-replica-0000.npy", "settings.json"]
     first = np.load(os.path.join(labels, names[0]))
     assert first.shape == (256,) and first.dtype == np.int16 and 0 <= first.min() and first.max() < 10
@@ -103,6 +105,19 @@ def test_labels_of_another_precision_are_not_added_but_read_by_any_run(tmp_path)
         with pytest.raises(UserError, match="were written with --teacher-precision .* and this run has " + other):
             LabelWriter(folder, dict(own, teacher_precision=other))
         assert TeacherLabels(folder, dict(own, teacher_precision="same")).epochs == 1
+
+
+def test_labels_of_another_format_of_the_run_are_not_added(tmp_path):
+    own = {"distillation_type": "hard", "num_classes": 10, "replicas": 1, "batch_size": 4, "teacher_precision": "same"}
+    for written, goes_on in (("bf16", False), ("float32", True), (None, True)):  # None: older labels
+        folder = str(tmp_path / str(written))
+        LabelWriter(folder, dict(own, **{FORMAT: written} if written else {})).write(0, 0, [torch.arange(4)])
+        if goes_on:
+            LabelWriter(folder, dict(own, **{FORMAT: "float32"}))
+        else:
+            with pytest.raises(UserError, match="written with a teacher in bf16 and this run has float32"):
+                LabelWriter(folder, dict(own, **{FORMAT: "float32"}))
+        assert TeacherLabels(folder, own).epochs == 1
 
 
 def test_labels_of_another_teacher_of_that_name_are_not_added(tmp_path):
