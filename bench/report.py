@@ -2,8 +2,8 @@
 
 It writes docs/performance/MACHINE.md, the figures beside it, and machines.md, which has all machines, after each table;
 the same command goes on where it was interrupted, and measures anew what is asked for otherwise than it was (--quick,
---published). A table that other code of the project has measured is kept, and marked. It takes about 40 minutes, and
-with --quick, without the compiler, about 5.
+--published). A table that other code of the project has measured is kept, and marked; without the file of figures all
+are measured. It takes 20 to 40 minutes, and with --quick, without the compiler, about 5.
 """
 import hashlib
 import json
@@ -315,20 +315,22 @@ def report(device: torch.device, quick: bool, folder: Optional[str] = None, publ
     if kept.get("about") != about:
         kept = {"about": about, "tables": {}, "left_out": what_it_cannot(device)}
     found, left_out = kept["tables"], kept["left_out"]
-    tables = tables_for(quick, left_out, published is not None)
+    tables, stale = tables_for(quick, left_out, published is not None), []
     for number, table in enumerate(tables, 1):
         arguments = table.arguments + ["--device", device.type, "--compare"] + table.contenders
         one = found.get(table.title, {})
         if one.get("arguments") == arguments:
             if one.get("code") != code_hash():
-                say("{}: measured with other code, {}; remove it from {}.json to measure it anew".format(
-                    table.title, one["day"], path))
+                stale.append("{} ({})".format(table.title, one["day"]))
             continue
         say("{} of {}: {}".format(number, len(tables), table.title))
         found[table.title] = dict({"code": code_hash()}, **_measure(arguments, published))
         write_json(path + ".json", kept)
         _write_pages(path, kept)
     _write_pages(path, kept)  # also where nothing was measured: what is asked may be new
+    if stale:
+        say("Kept, though measured with other code: {}; without {}.json all are measured anew".format(
+            ", ".join(stale), path))
     say("{0}.md holds the tables, {0}.json the figures; {1} has all machines".format(
         path, os.path.join(folder, TOGETHER)))
 

@@ -366,8 +366,8 @@ def test_a_table_that_other_code_has_measured_says_so(tmp_path, monkeypatch):
     assert reported("first", "One")[:2] == ([], page)
     said, page, _ = reported("second", "One", "Two")
     file, = tmp_path.glob("*.json")
-    assert said == ["One: measured with other code, today; remove it from {} to measure it anew".format(file),
-                    "2 of 2: Two"]
+    assert said == ["2 of 2: Two", "Kept, though measured with other code: One (today); without {} all are measured "
+                    "anew".format(file)]
     one, two = page.split("## One")[1].split("## Two")
     assert "with other code" in one and "other code" not in two
     monkeypatch.setattr(report, "_measure", None)
@@ -375,7 +375,7 @@ def test_a_table_that_other_code_has_measured_says_so(tmp_path, monkeypatch):
     assert [tables[title]["code"] for title in ("One", "Two")] == ["first", "second"]
     file.write_text(file.read_text().replace('"code"', '"nothing"'))  # as older reports have left it
     said, page, _ = reported("second", "One", "Two")
-    assert len(said) == 2 and page.count("with other code") == 2
+    assert "One (today), Two (today)" in said[0] and page.count("with other code") == 2
     monkeypatch.setattr(report, "PUBLISHED", [])
     _, page, together = reported("second", "Two")  # the pages are written also where nothing is measured
     assert "target of One" not in page + together and "target of Two" in page and "target of Two" in together
