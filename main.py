@@ -34,7 +34,7 @@ from runtime.keeping.checkpoint import BEST, export_weights, file_hash, load_che
 from runtime.keeping.control import Control, Signals
 from runtime.keeping.exported import Program, how_to_run
 from runtime.keeping.output import explained, opened, summarize, write_summary
-from runtime.keeping.restore import open_trained, restore
+from runtime.keeping.restore import need_classes, open_trained, restore
 from runtime.keeping.settings import (
     combine,
     labels_sum,
@@ -58,6 +58,7 @@ from runtime.learning.models import (
     default_input_size,
     is_evo_name,
     keep_ratios,
+    needs_batches,
     parameters_without_gradient,
     scheduled_mode,
     set_mode,
@@ -99,7 +100,7 @@ def build_student(args, classes, say, fresh):
             say("Its classes differ from the data set's (first '{}', here '{}'), so the classifier starts anew".format(
                 *next((pair for pair in zip(checkpoint.classes(), classes) if pair[0] != pair[1]),
                       (checkpoint.classes()[-1], classes[-1]))))
-    if args.batch_size == 1 and any(isinstance(module, torch.nn.BatchNorm1d) for module in model.modules()):
+    if args.batch_size == 1 and needs_batches(model):
         raise UserError("--batch-size 1: {} normalises by the statistics of a batch, which one image does not have; "
                         "use at least 2".format(args.model))
     return model
@@ -337,9 +338,7 @@ def evaluate_checkpoint(args, given, checkpoint, machine, index):
     classes = checkpoint.classes() or loader.dataset.dataset.classes
     restored = restore(checkpoint, args.model, args.input_size, len(classes), "model_ema" if args.eval_ema else "model",
                        args.keep_ratio)
-    if len(restored.classes) != len(classes):
-        checkpoint.refuse("was trained on {} classes but {} are needed here (the classes of the data set)".format(
-            len(restored.classes), len(classes)))
+    need_classes(checkpoint, restored, classes)
     model, mode = restored.model, restored.mode
     if not isinstance(model, Program):
         describe(model, args, machine)

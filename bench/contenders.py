@@ -31,6 +31,7 @@ from runtime.learning.models import (
     default_input_size,
     is_evo,
     is_evo_name,
+    needs_batches,
     parameters_without_gradient,
 )
 from runtime.learning.optimizer import build_optimizer
@@ -153,7 +154,7 @@ def macs_of(text, model, name, size, advice):
 
 def need_batch(text, model, batch):
     """Raises UserError for a training batch of one image where `model` cannot normalise it."""
-    if batch == 1 and any(isinstance(module, torch.nn.BatchNorm1d) for module in model.modules()):
+    if batch == 1 and needs_batches(model):
         raise UserError("contender {}: it normalises by the statistics of a batch, which one image does not have; use "
                         "at least --batch-size 2".format(text))
 

@@ -6,7 +6,7 @@ import torch
 from datasets import build_dataset, build_transform, need_read
 from engine import evaluate
 from runtime.keeping.checkpoint import load_checkpoint
-from runtime.keeping.restore import restore
+from runtime.keeping.restore import need_classes, restore
 from runtime.keeping.settings import places_in
 from runtime.learning.models import is_evo
 from runtime.learning.normalization import Renormalize, timm_statistics
@@ -47,10 +47,7 @@ def _view(checkpoint, restored, data_path):
     dataset = build_dataset(False, restored.data_set, data_path or restored.data_path,
                             build_transform(False, restored.data_set, restored.input_size), restored.inat_category)
     places = places_in(checkpoint, dataset.classes)
-    classes = checkpoint.classes() or dataset.classes
-    if len(restored.classes) != len(classes):
-        checkpoint.refuse("was trained on {} classes but {} are needed here (the classes of the data set)".format(
-            len(restored.classes), len(classes)))
+    need_classes(checkpoint, restored, dataset.classes)
     return EvaluationView(dataset, restored.input_size, places)
 
 

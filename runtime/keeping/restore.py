@@ -66,6 +66,15 @@ def restore(checkpoint: Checkpoint, name: Optional[str] = None, input_size: Opti
                     saved.get("inat_category", "name"), mode)
 
 
+def need_classes(checkpoint: Checkpoint, restored: Restored, of_data: List[str]):
+    """Raises UserError where `restored`, of `checkpoint`, has another number of classes than it says, or, where it
+    does not say, than there are `of_data`, a data set's."""
+    classes = checkpoint.classes() or of_data
+    if len(restored.classes) != len(classes):
+        checkpoint.refuse("was trained on {} classes but {} are needed here (the classes of the data set)".format(
+            len(restored.classes), len(classes)))
+
+
 def _program(checkpoint, name, input_size, key):
     """The Restored of an exported program, which has one size, one mode and one set of weights."""
     saved, classes = checkpoint.settings(), checkpoint.classes()

@@ -138,6 +138,11 @@ def fold_like(state: Dict[str, torch.Tensor], model: torch.nn.Module) -> torch.n
     return model.fuse() if isinstance(model, EvoLeViT) and "patch_embed.0.weight" in state else model
 
 
+def needs_batches(model: torch.nn.Module) -> bool:
+    """Whether `model` normalises vectors by the statistics of a batch, which one image does not have."""
+    return any(isinstance(module, torch.nn.BatchNorm1d) for module in model.modules())
+
+
 def has_more_heads(state: Dict[str, torch.Tensor]) -> bool:
     """Whether the weights `state` of a model of evo_vit/ include the heads that serve training alone."""
     return any(name.startswith(("head_dist.", "head_cls.")) for name in state)

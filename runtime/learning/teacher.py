@@ -155,8 +155,8 @@ def build_teacher(name: str, checkpoint, classes: List[str], machine: Machine, s
     input_size: what the user asks the teacher to be shown; if None the student's images as they are, or resized to the
     teacher's own size where it takes no other. own_format: it computes in float32, whatever the student computes in.
     Its normalisation is that of its checkpoint, if that says so, else timm's; so are the mode and the keep ratio of a
-    model of evo_vit/. Raises UserError for an unknown name and
-    for a file that is of another architecture or trained on other classes.
+    model of evo_vit/. Raises UserError for an unknown name and for a file that is of another architecture or trained on
+    other classes.
     """
     check_model_name(name, "--teacher-model")
     own_classes = checkpoint.classes()

@@ -107,30 +107,27 @@ def test_labels_of_another_precision_are_not_added_but_read_by_any_run(tmp_path)
         assert TeacherLabels(folder, dict(own, teacher_precision="same")).epochs == 1
 
 
-def test_labels_of_another_format_of_the_run_are_not_added(tmp_path):
-    own = {"distillation_type": "hard", "num_classes": 10, "replicas": 1, "batch_size": 4, "teacher_precision": "same"}
-    for written, goes_on in (("bf16", False), ("float32", True), (None, True)):  # None: older labels
-        folder = str(tmp_path / str(written))
-        LabelWriter(folder, dict(own, **{FORMAT: written} if written else {})).write(0, 0, [torch.arange(4)])
-        if goes_on:
-            LabelWriter(folder, dict(own, **{FORMAT: "float32"}))
+@pytest.mark.parametrize("name, written, own, sentence", [
+    (FORMAT, "bf16", "float32", "written with a teacher in bf16 and this run has float32"),
+    (WEIGHTS, "a1", "b2", "written with teacher weights of the SHA-256 a1 and this run has b2")])
+def test_labels_of_another_teacher_of_that_name_are_not_added(name, written, own, sentence, tmp_path):
+    settings = {"distillation_type": "hard", "num_classes": 10, "replicas": 1, "batch_size": 4,
+                "teacher_precision": "same"}
+    for number, stored in enumerate((written, own, None)):  # None: older than what only who writes knows
+        folder = str(tmp_path / str(number))
+        LabelWriter(folder, dict(settings, **{name: stored} if stored else {})).write(0, 0, [torch.arange(4)])
+        if stored != written:
+            LabelWriter(folder, dict(settings, **{name: own}))
         else:
-            with pytest.raises(UserError, match="written with a teacher in bf16 and this run has float32"):
-                LabelWriter(folder, dict(own, **{FORMAT: "float32"}))
-        assert TeacherLabels(folder, own).epochs == 1
+            with pytest.raises(UserError, match=sentence):
+                LabelWriter(folder, dict(settings, **{name: own}))
+        assert TeacherLabels(folder, settings).epochs == 1
+    with pytest.raises(UserError, match="written with processes x --accum-steps 1 and this run has 8"):
+        TeacherLabels(folder, dict(settings, replicas=8))
 
 
-def test_labels_of_another_teacher_of_that_name_are_not_added(tmp_path):
+def test_labels_of_other_pictures_are_not_read(tmp_path):
     own = {"distillation_type": "hard", "num_classes": 10, "replicas": 1, "batch_size": 4}
-    for written, goes_on in (("a1", False), ("b2", True), (None, True)):  # None: older than the hash
-        folder = str(tmp_path / str(written))
-        LabelWriter(folder, dict(own, **{WEIGHTS: written} if written else {})).write(0, 0, [torch.arange(4)])
-        if goes_on:
-            LabelWriter(folder, dict(own, **{WEIGHTS: "b2"}))
-        else:
-            with pytest.raises(UserError, match="written with teacher weights of the SHA-256 a1 and this run has b2"):
-                LabelWriter(folder, dict(own, **{WEIGHTS: "b2"}))
-        assert TeacherLabels(folder, own).epochs == 1
     writer = LabelWriter(str(tmp_path / "pictures"), dict(own, pictures="in folders 1", labels=3))
     writer.write(0, 0, [torch.arange(4)])
     assert TeacherLabels(writer.folder, dict(own, pictures="in archives 2", labels=3)).epochs == 1
@@ -138,8 +135,6 @@ def test_labels_of_another_teacher_of_that_name_are_not_added(tmp_path):
                                        ("in archives 1", 4, "with labels of the checksum 3 and this run has 4")):
         with pytest.raises(UserError, match=sentence):
             TeacherLabels(writer.folder, dict(own, pictures=pictures, labels=labels))
-    with pytest.raises(UserError, match="written with processes x --accum-steps 1 and this run has 8"):
-        TeacherLabels(folder, dict(own, replicas=8))
 
 
 def test_the_crop_epoch_is_decided_in_one_place(tmp_path):
