@@ -48,8 +48,9 @@ from runtime.errors import UserError
 from runtime.keeping.files import write_json, write_text
 from runtime.learning.models import default_input_size
 from runtime.machine.cost import measure_matmul_rate
-from runtime.machine.devices import keep_freed_memory, select_device, synchronize
+from runtime.machine.devices import select_device, synchronize
 from runtime.machine.machine import Machine
+from runtime.machine.memory import keep_freed_memory
 
 TASKS = {"inference": ["EvoLeViT_256,plain", "EvoLeViT_256,fuse", "levit_256,fuse"],
          "train": ["EvoLeViT_256,plain", "EvoLeViT_256"], "loader": ["plain", "recipe"], "breakdown": ["EvoLeViT_256"],

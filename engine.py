@@ -18,6 +18,7 @@ from runtime.learning.clipping import clip_gradients
 from runtime.machine import versions
 from runtime.machine.devices import Stopwatch, start_reading
 from runtime.machine.machine import Machine
+from runtime.machine.memory import use_huge_pages
 from runtime.machine.processes import broadcast_buffers, complain, parallelize
 from runtime.machine.profiling import Profile
 from runtime.pictures.batches import loaded
@@ -176,6 +177,8 @@ def train_one_epoch(learner: Learner, feed: Feed, epoch: int, control: Control, 
         progress.note(sum(len(batch.labels) for batch in batches) * machine.world.size,
                       loss=done.loss_sum / max(done.counted, 1), lr=learner.lr)
         if updates == WARMUP_UPDATES < planned:
+            if machine.device.type == "cpu":
+                use_huge_pages(machine.world.local_size)
             machine.synchronize()
             progress.restart_clock()
         if updates == planned:

@@ -67,7 +67,7 @@ from runtime.learning.normalization import Renormalize, timm_statistics
 from runtime.learning.optimizer import build_optimizer, build_schedule
 from runtime.learning.teacher import build_teacher
 from runtime.learning.teacher_precision import Shelf, need_precision, set_precision
-from runtime.machine import devices, processes, versions
+from runtime.machine import devices, memory, processes, versions
 from runtime.machine.agreement import Agreement
 from runtime.machine.compiling import compile_module, frozen_weights
 from runtime.machine.machine import Machine
@@ -244,7 +244,7 @@ def train(args, given, checkpoint, machine, agreement, index):
             except Stopped:
                 saved(done)
                 raise
-            log.update(seconds=time.time() - epoch_start, peak_memory_mb=devices.peak_memory_mb(machine.device),
+            log.update(seconds=time.time() - epoch_start, peak_memory_mb=memory.peak_memory_mb(machine.device),
                        n_parameters=sum(p.numel() for p in model.parameters()), damaged_images=control.damaged)
             best = state.finish_epoch(log)
             if state.writes:
@@ -418,7 +418,7 @@ def run(args, given):
     say = Machine(torch.device("cpu"), world).say
     device = devices.select_device(args.device, world.local_rank, world.local_size, args.device_id, say)
     if device.type == "cpu":
-        devices.keep_freed_memory()
+        memory.keep_freed_memory(world.local_size)
         share_cores(world.local_size)
     precision = build_precision(device, args.amp_backend, args.opt_level, args.loss_scale, args.amp_dtype)
     channels_last = versions.prefers_channels_last(device.type) if args.channels_last is None else args.channels_last

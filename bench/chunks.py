@@ -17,7 +17,7 @@ import torch
 from evo_vit import ops
 from evo_vit.compat import create_model
 from runtime.learning import teacher
-from runtime.machine.devices import keep_freed_memory
+from runtime.machine.memory import keep_freed_memory
 
 from .contenders import Training, inference
 

@@ -67,7 +67,6 @@ class Contender(NamedTuple):
     run: Callable
     images: int
     macs: Optional[int] = None
-    plain: bool = False  # runs with the C library as it is
 
 
 def parse(task, text):
@@ -119,6 +118,13 @@ def parse(task, text):
     if "plain" in options and not name.startswith("EvoLeViT"):
         raise UserError("contender {}: only Evo-LeViT has a plain transcription".format(text))
     return name, options
+
+
+def is_plain(task, text):
+    """Whether the contender `text` is there to compare with, and so runs with the C library as it is. Raises
+    UserError."""
+    name, options = parse(task, text)
+    return name == "plain" or "plain" in options or "published" in options
 
 
 def channels_last(options, device):
@@ -194,7 +200,7 @@ def inference(text, batch, size, device):
     def run():
         with torch.no_grad(), frozen_weights(device.type):
             return model(images)
-    return Contender(run, batch, macs, "plain" in options)
+    return Contender(run, batch, macs)
 
 
 class Training:
@@ -276,7 +282,7 @@ class Training:
 def train(text, batch, size, device):
     """A training step with the recipe's losses, clipping, optimiser and average."""
     training = Training(text, batch, size, device)
-    return Contender(training.run, batch, training.macs, "plain" in text.split(","))
+    return Contender(training.run, batch, training.macs)
 
 
 @contextmanager
@@ -350,7 +356,7 @@ def loader(text, batch, size, device, folder):
                 return torch.utils.data.dataloader.default_collate(items)
             made = collate(items)
             return normalize(made[0], device, channels_last({}, device)) if "normalized" in options else made
-    return Contender(run, batch, plain=name == "plain")
+    return Contender(run, batch)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def build(text, place, device) -> contenders.Contender:
     macs = place.batch * count_macs(own, place.size)
     images = torch.randn(place.batch, 3, place.size, place.size).to(device)
     if place.task == "inference":
-        return contenders.Contender(_inference(place, name, family, images), place.batch, macs, plain=True)
+        return contenders.Contender(_inference(place, name, family, images), place.batch, macs)
     teacher, teacher_name = None, options.get("teacher", "regnety_160" if family == "EvoLeViT" else "none")
     if teacher_name != "none":
         if family != "EvoLeViT":
@@ -80,7 +80,7 @@ def build(text, place, device) -> contenders.Contender:
     macs *= 3
     if teacher is not None:
         macs += place.batch * contenders.macs_of(text, teacher, teacher_name, place.size, "name another teacher")
-    return contenders.Contender(_training(place, name, family, images, teacher), place.batch, macs, plain=True)
+    return contenders.Contender(_training(place, name, family, images, teacher), place.batch, macs)
 
 
 def _inference(place, name, family, images):

@@ -110,15 +110,19 @@ TABLES = [
 # Only where the published code is at hand: plain does not know this family.
 PUBLISHED = [
     Table("Evo-DeiT against the published code, inference", ["inference", "--rounds", "5"],
-          ["evo_deit_small_patch16_224,published", "evo_deit_small_patch16_224", "evo_deit_small_patch16_224,compile"],
+          ["evo_deit_small_patch16_224,published", "evo_deit_small_patch16_224", "evo_deit_small_patch16_224,compile",
+           "evo_deit_small_patch16_224,amp"],
           {"evo_deit_small_patch16_224": Target("Evo-DeiT-small, inference, batch 16, float32", 1.2, 1.2),
-           "evo_deit_small_patch16_224,compile": Target("Evo-DeiT-small, inference, batch 16, compiled", 1.2, 1.2)}),
+           "evo_deit_small_patch16_224,compile": Target("Evo-DeiT-small, inference, batch 16, compiled", 1.2, 1.2),
+           "evo_deit_small_patch16_224,amp": Target("Evo-DeiT-small, inference, batch 16, bf16", 1.2, 1.2)}),
     Table("Evo-DeiT against the published code, training", ["train", "--rounds", "5"],
           ["evo_deit_small_patch16_224,published", "evo_deit_small_patch16_224,teacher=none",
-           "evo_deit_small_patch16_224,compile,teacher=none"],
+           "evo_deit_small_patch16_224,compile,teacher=none", "evo_deit_small_patch16_224,amp,teacher=none"],
           {"evo_deit_small_patch16_224,teacher=none": Target("Evo-DeiT-small, training step, float32", 1.2, 1.2),
            "evo_deit_small_patch16_224,compile,teacher=none":
-               Target("Evo-DeiT-small, training step, compiled", 1.2, 1.2)}),
+               Target("Evo-DeiT-small, training step, compiled", 1.2, 1.2),
+           "evo_deit_small_patch16_224,amp,teacher=none":
+               Target("Evo-DeiT-small, training step in bf16", 1.2, 1.2)}),
 ]
 
 

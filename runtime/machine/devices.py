@@ -1,6 +1,5 @@
 """Which device the recipe runs on, and the few things that differ between npu, cuda and cpu."""
 import argparse
-import ctypes
 import importlib.util
 import os
 import sys
@@ -101,44 +100,6 @@ def synchronize(device):
     """Waits for all work queued on `device`."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
-
-
-def peak_memory_mb(device):
-    """Peak memory so far in MiB: what PyTorch allocated on an accelerator, the process's resident set on CPU."""
-    if device.type != "cpu":
-        return getattr(torch, device.type).max_memory_allocated() / 2 ** 20
-    if os.path.exists("/proc/self/status"):  # ru_maxrss can be that of the program which started this one
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2 ** 10
-    import resource  # not on Windows, where this line is not reached by the supported launchers
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # macOS counts bytes
-
-
-def forget_peak_memory(device):
-    """From now on `peak_memory_mb` is that of what comes; on a CPU where the system can do that (Linux)."""
-    if device.type != "cpu":
-        getattr(torch, device.type).reset_peak_memory_stats()
-        return
-    try:
-        with open("/proc/self/clear_refs", "w") as f:
-            f.write("5")
-    except OSError:
-        pass
-
-
-def keep_freed_memory(keep=True):
-    """Lets the C library keep what tensors on the CPU have freed for the next ones, instead of giving it back to the
-    system and asking for it anew, page by page, in every step. keep=False: what glibc settles at when it is left alone.
-
-    Does nothing where the C library is another one than glibc.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    mallopt(mmap_threshold, 32 << 20)  # the most that it takes
-    mallopt(trim_threshold, 2 ** 31 - 1 if keep else 64 << 20)
 
 
 def start_reading(value):
