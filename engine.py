@@ -178,7 +178,7 @@ def train_one_epoch(learner: Learner, feed: Feed, epoch: int, control: Control, 
                       loss=done.loss_sum / max(done.counted, 1), lr=learner.lr)
         if updates == WARMUP_UPDATES < planned:
             if machine.device.type == "cpu":
-                use_huge_pages(machine.world.local_size)
+                use_huge_pages()
             machine.synchronize()
             progress.restart_clock()
         if updates == planned:

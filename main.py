@@ -129,6 +129,7 @@ def build_teaching(args, loader, machine, agreement):
     if args.teacher_labels:
         replicas = machine.world.size * args.micro_batches
         labels = TeacherLabels(args.teacher_labels, label_settings(args, replicas, data))
+        labels.need_everywhere(agreement)
         machine.say("Teacher labels: {} epochs in {}".format(labels.epochs, args.teacher_labels))
         return None, labels
     if args.distillation_type == "none" or args.distillation_alpha == 0 and not args.write_teacher_labels:
@@ -199,6 +200,7 @@ def train(args, given, checkpoint, machine, agreement, index):
     val_loader, shared = build_val_loader(args, machine, index)
     model = build_student(args, data.classes, say, checkpoint is None)
     teacher, labels = build_teaching(args, loader, machine, agreement)
+    settings.update(stored_epochs=labels and labels.epochs)
     macs = 3 * describe(model, args, machine)  # of a training image, forwards and backwards
     macs += teacher.image_macs(args.input_size) if teacher is not None else 0
     matmul_rate = measure_rate(machine) * machine.world.size

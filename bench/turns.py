@@ -13,7 +13,7 @@ from runtime import command  # noqa: F401  (first: it makes torchvision importab
 # isort: split
 from runtime.errors import RunFailed, UserError
 from runtime.machine.devices import select_device, synchronize
-from runtime.machine.memory import forget_peak_memory, give_back_memory, keep_freed_memory, peak_memory_mb
+from runtime.machine.memory import forget_peak_memory, keep_freed_memory, peak_memory_mb
 from runtime.machine.processes import World, barrier, init_processes
 from runtime.machine.threads import share_cores
 
@@ -69,8 +69,7 @@ def _serve(connection, text, place, rank, meeting):
         device = select_device(place.device, rank, place.processes)
         share_cores(place.processes)
         init_processes(World(rank, place.processes, rank, place.processes), device, "file://" + meeting)
-        plain = contenders.is_plain(place.task, text)
-        if not plain:
+        if not contenders.is_plain(place.task, text):
             keep_freed_memory(place.processes)
         contender = build(text, place, device)
     except UserError as error:
@@ -79,8 +78,6 @@ def _serve(connection, text, place, rank, meeting):
     for _ in range(WARM_UP):
         contender.run()
     synchronize(device)
-    if not plain:
-        give_back_memory(place.processes)
     forget_peak_memory(device)  # that of building it
     connection.send((contender.images, contender.macs))
     try:

@@ -8,7 +8,7 @@
 #   --input-size=N     384                                      --nproc=N          processes; NPROC=N does the same
 #   --nnodes=N         machines, 1 (16P: 2), of --nproc processes --node_rank=N    this machine among them, from 0 on
 #   --master_addr=A    address of machine 0                     --master_port=P    a free port of machine 0, 29500
-#   -- FLAGS           everything after -- goes to main.py as it is
+#   -- FLAGS           everything after -- goes to main.py as it is, which runs in the repository: paths are from there
 # With several machines the script is started on each of them, with the same arguments but --node_rank; torchrun starts the
 # processes, where PyTorch has it (1.9 on).
 # Values follow = or a space. PYTHON=... names the interpreter, python3 if it is not set.
@@ -90,6 +90,9 @@ cd "$root"
 # The device, in the first line; too few cards end here, before anything is moved or written.
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0  # main.py imports torch_npu itself
 flags=("$@")
+for flag in ${flags[@]+"${flags[@]}"}; do  # the figures of this run are looked for in its folder
+    case "$flag" in --output_dir | --output_dir=* | --output-dir | --output-dir=*) fail "give $flag before --" ;; esac
+done
 device=$("$python" -m runtime.machine.devices "$nproc" "$device_id" ${flags[@]+"${flags[@]}"}) || exit $?
 echo "$device"
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import zipfile
+from collections import Counter
 from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -21,8 +22,9 @@ NEWEST, OLDER, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best_checkpo
 WEIGHT_KEYS = ("model", "state_dict", "model_state_dict", "module", "net")  # under which others keep their weights
 EMA_KEYS = ("state_dict_ema", "ema_state_dict", "ema")
 MODES = [mode + selection for mode in (STAGE_WISE, LAYER_WISE) for selection in ("", NO_SELECTION)] + [PLAIN]
-# -20261126 is a day and no hash
-_HASH_SUFFIX = re.compile(r"-(?!20\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\.)([0-9a-f]{8,64})\.\w+$")
+# no hashes: a day (-20261126), a longer number (a time, a job), the end of a UUID
+_HASH_SUFFIX = re.compile(r"(?<![0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4})-(?!\d{9,64}\.)"
+                          r"(?!20\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\.)([0-9a-f]{8,64})\.\w+$")
 # flags of the run that wrote a checkpoint which other commands may ask for, with the kind of their values
 _SAVED_TYPES = {"model": str, "input_size": int, "data_set": str, "data_path": str, "inat_category": str,
                 "prune_warmup_epoch": int, "stage_wise_epoch": int, "global_batch": int, "processes": int, "opt": str,
@@ -120,7 +122,7 @@ class Checkpoint(NamedTuple):
 
     def places_of(self, names: List[str]) -> List[int]:
         """For each of `names`, the data set's classes, the number that it has among the checkpoint's. Raises UserError,
-        naming the first that it does not know."""
+        naming the first that it does not know, or that is the name of several."""
         own = self.classes()
         unknown = [name for name in names if name not in own]
         if unknown:
@@ -128,6 +130,11 @@ class Checkpoint(NamedTuple):
             self.refuse("was trained on other classes than the data set's: it does not know '{}' (class {} of {}; its "
                 "own class {} is '{}'). Take the data it was trained on, or train a new classifier with --finetune".
                 format(unknown[0], number, len(names), min(number, len(own) - 1), own[min(number, len(own) - 1)]))
+        here, there = Counter(names), Counter(own)
+        several = [name for name in names if here[name] > 1 or there[name] > 1]
+        if several:
+            self.refuse("has other classes than the data set, and '{}' is the name of several; give each class a name "
+                        "of its own".format(several[0]))
         places = {name: place for place, name in enumerate(own)}
         return [places[name] for name in names]
 

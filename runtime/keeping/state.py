@@ -139,7 +139,8 @@ class TrainingState:
                 self.settings["opt"], " ".join(str(error).split())[:160]))
 
     def _take_place(self, content, given_start_epoch):
-        self.log = [dict(entry) for entry in content.get("log", [])]
+        self.log = [dict(entry, epoch=int(entry["epoch"]), test_acc1=float(entry["test_acc1"]))
+                    for entry in content.get("log", [])]
         if given_start_epoch:
             self.log = [entry for entry in self.log if entry["epoch"] < self.epoch]
         reached = [entry[self.settings["best_by"]] for entry in self.log if self.settings["best_by"] in entry]
@@ -169,6 +170,10 @@ class TrainingState:
             say("Note: the checkpoint's run had {:,} training images and this one has {}: what is left of its epoch "
                 "has some of them twice and others not at all".format(before["images"], "others of that number"
                 if before["images"] == self.settings["images"] else "{:,}".format(self.settings["images"])))
+        stored, now = before.get("stored_epochs"), self.settings.get("stored_epochs")
+        if self.progress and stored and now and self.epoch % stored != self.epoch % now:
+            say("Note: the checkpoint's run had {} stored epochs of teacher labels and this one has {}: what is left "
+                "of its epoch has some images twice and others not at all".format(stored, now))
         global_batch, processes = self.settings["global_batch"], self.settings["processes"]
         if saved.get("global_batch", global_batch) != global_batch:
             say("Note: the checkpoint's global batch was {}, this run's is {}: the order of the images is kept, but "

@@ -3,24 +3,35 @@ import json
 import os
 import sys
 
+from ..command import run
+from ..errors import UserError
 from .output import median_speed
 
 
 def summarize(folder):
-    """(best top-1 in percent, median training images/s, minutes) from folder/log.txt."""
-    with open(os.path.join(folder, "log.txt")) as f:
-        epochs = [json.loads(line) for line in f]
-    return (max(epoch["test_acc1"] for epoch in epochs), median_speed(epoch["train_images_per_s"] for epoch in epochs),
-            sum(epoch["seconds"] for epoch in epochs) / 60)
+    """(best top-1 in percent, median training images/s, minutes) from folder/log.txt. Raises UserError."""
+    path = os.path.join(folder, "log.txt")
+    try:
+        with open(path) as f:
+            epochs = [json.loads(line) for line in f]
+        accuracies, speeds, seconds = ([epoch[name] for epoch in epochs]
+                                       for name in ("test_acc1", "train_images_per_s", "seconds"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError("{} cannot be read ({!r})".format(path, error))
+    if not epochs:
+        raise UserError("{} holds no finished epoch".format(path))
+    return max(accuracies), median_speed(speeds), sum(seconds) / 60
 
 
 def main(arguments):
     print("{:10} {:>8} {:>12} {:>8}  {}".format("run", "top-1 %", "images/s", "minutes", "files"))
     for argument in arguments:
-        name, folder = argument.split("=", 1)
+        name, equals, folder = argument.partition("=")
+        if not equals:
+            raise UserError("'{}' is not NAME=OUTPUT_DIR".format(argument))
         print("{:10} {:8.2f} {:12.1f} {:8.1f}  {}".format(name, *(summarize(folder) + (
             os.path.join(folder, "best_checkpoint.pth") + ", log.txt",))))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main, sys.argv[1:])

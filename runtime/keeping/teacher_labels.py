@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..machine.agreement import Agreement
 from ..pictures.batches import TrainingView
 from .files import write_json, write_whole
 from .settings import IMPLIED, flag_name, labels_sum, pictures_sum
@@ -116,6 +117,14 @@ class TeacherLabels:
                             "--write-teacher-labels {}".format(folder, folder))
         self.batch_size = settings["batch_size"]
         self._read = {}  # replica: (epoch, labels)
+
+    def need_everywhere(self, agreement: Agreement):
+        """Raises UserError where the processes of a run have other numbers of stored epochs."""
+        stored = [int(number) for number in agreement.gather(self.epochs)]
+        for rank, number in enumerate(stored):
+            if number != stored[0]:
+                raise UserError("--teacher-labels: process 0 finds {} whole epochs of labels and process {} finds {}; "
+                                "give all machines the same files".format(stored[0], rank, number))
 
     def crop_epoch(self, epoch: int) -> int:
         """The stored epoch for a training epoch: beyond the last they come again."""

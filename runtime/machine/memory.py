@@ -1,5 +1,6 @@
 """A process's memory: how much it has taken, and how the C library gets it from the system."""
 import ctypes
+import mmap
 import os
 from functools import lru_cache
 
@@ -8,7 +9,10 @@ import torch
 # mallopt's parameters (malloc.h), and madvise's advice (mman.h)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _HUGE_PAGE, _COLLAPSE = 14, 25
-_PIECE = 32 << 20  # bytes; the system leaves one of these at the first page of it that cannot be moved
+_HUGE, _PIECE = 2 << 20, 32 << 20  # bytes; the system leaves a piece at the first page of it that cannot be moved
+_MOST = 16 << 30  # bytes that are reserved
+
+_forked = []  # holds something if this process has made others since it last asked for huge pages
 
 
 def peak_memory_mb(device):
@@ -65,25 +69,17 @@ def keep_freed_memory(processes=1):
     _register_for_forks(libc, processes)
 
 
-def give_back_memory(processes=1):
-    """Gives the system what is free now, such as what building and compiling a model has left. processes: as above."""
-    libc = _glibc()
-    if libc is not None:
-        _give_back(libc, processes)
+def use_huge_pages():
+    """Brings this process's memory together in huge pages again. To be called when a loader's workers have started,
+    which leaves small ones of what they have in common with this process, and a step has taken what it needs.
 
-
-def use_huge_pages(processes=1):
-    """Gives back what is free, and brings what is not together in huge pages again. To be called when a step has taken
-    what it needs and a loader's workers have started, which leaves small ones of what they have in common with this
-    process. processes: as above.
-
-    Takes a second or so where there is much to do. Linux before 6.1 leaves the small ones for later.
+    Takes a second or two, and does nothing where no worker has started since. Linux before 6.1 leaves it for later.
     """
     libc = _glibc()
-    if libc is not None and _may_reserve():
-        _give_back(libc, processes)
+    if libc is not None and _forked and _may_reserve():
+        _forked.clear()
         for start, end in _heap():
-            for place in range(start, end, _PIECE):
+            for place in range(-(-start // _HUGE) * _HUGE, end, _PIECE):
                 libc.madvise(place, min(_PIECE, end - place), _COLLAPSE)
 
 
@@ -98,37 +94,44 @@ def _as_usual(libc):
 def _register_for_forks(libc, processes):
     """Free memory does not pass on to a loader's workers: this process, writing to it again, would copy it page by
     page, small ones, and they would hold what was there. They themselves keep nothing that they free."""
+    def give_back():
+        _forked.append(True)
+        libc.malloc_trim(0)
+        _reserve(libc, processes)  # of which nothing is left
+
     def start_anew():
         _as_usual(libc)
         libc.malloc_trim(0)
 
-    os.register_at_fork(before=lambda: _give_back(libc, processes), after_in_child=start_anew)
-
-
-def _give_back(libc, processes):
-    libc.malloc_trim(0)
-    _reserve(libc, processes)  # of which nothing was left
+    os.register_at_fork(before=give_back, after_in_child=start_anew)
 
 
 def _reserve(libc, processes):
     """Lets the heap grow at once, as far as addresses go (memory is taken where it is touched), and asks for huge pages
     there: a part that it grew by later would have to be asked for later."""
-    if _may_reserve():
-        half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-        libc.free(libc.malloc(half // processes))
-        for start, end in _heap():
-            libc.madvise(start, end - start, _HUGE_PAGE)
+    if not _may_reserve():
+        return
+    half = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    size = min(half // processes, _MOST)
+    try:
+        mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except (OSError, ValueError):  # refused: then malloc would leave the heap for good
+        return
+    libc.free(libc.malloc(size))
+    for start, end in _heap():
+        libc.madvise(start, end - start, _HUGE_PAGE)
 
 
 def _may_reserve():
-    """Whether huge pages have 2 MB (with larger small pages they can have 512, and be mostly empty), and addresses are
-    free of charge: nobody limits them, and the system does not count them as memory."""
+    """Whether the system gives huge pages, of 2 MB (where its small ones are larger they can have 512, and be mostly
+    empty), and addresses are free of charge: nobody limits them, and the system does not count them as memory."""
     import resource
     unlimited = all(resource.getrlimit(kind)[0] == resource.RLIM_INFINITY
                     for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
-    size, overcommit = (_read(path) for path in ("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size",
-                                                 "/proc/sys/vm/overcommit_memory"))
-    return unlimited and size == str(2 << 20) and overcommit in ("0", "1")
+    pages = "/sys/kernel/mm/transparent_hugepage/"
+    enabled, size = (_read(pages + name) for name in ("enabled", "hpage_pmd_size"))
+    return (unlimited and enabled is not None and "[never]" not in enabled and size == str(_HUGE)
+            and _read("/proc/sys/vm/overcommit_memory") in ("0", "1"))
 
 
 def _read(path):
@@ -142,6 +145,9 @@ def _read(path):
 
 def _heap():
     """[(start, end)] of the heap's addresses, as Linux lists them."""
-    with open("/proc/self/maps") as f:
-        return [[int(address, 16) for address in line.split()[0].split("-")] for line in f
-                if line.rstrip().endswith("[heap]")]
+    try:
+        with open("/proc/self/maps", "rb") as f:
+            return [[int(address, 16) for address in line.split()[0].split(b"-")] for line in f
+                    if line.rstrip().endswith(b"[heap]")]
+    except OSError:
+        return []

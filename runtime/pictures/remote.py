@@ -11,6 +11,7 @@ from ..errors import RunFailed, UserError
 try:
     import requests
     from requests.adapters import HTTPAdapter
+    from urllib3.exceptions import ReadTimeoutError
     from urllib3.util.retry import Retry
 except ImportError:  # only --data-path URL needs it
     requests = None
@@ -68,8 +69,11 @@ def _ask(method, url, **headers):
             if method == "GET" and promised.isdigit() and len(response.content) < int(promised):
                 raise requests.exceptions.ChunkedEncodingError("the answer breaks off")
             return response
-        except requests.exceptions.ChunkedEncodingError as error:  # which Retry leaves alone
-            if not left:
+        except (requests.exceptions.ChunkedEncodingError, requests.exceptions.ConnectionError) as error:
+            # Retry leaves alone what happens inside an answer's body
+            inside = isinstance(error, requests.exceptions.ChunkedEncodingError) or \
+                error.args and isinstance(error.args[0], ReadTimeoutError)
+            if not left or not inside:
                 raise _unread(url, error)
             time.sleep(0.5 * (TRIES - left))
         except requests.RequestException as error:

@@ -58,10 +58,12 @@ def forked():
         after_free()
     held = resident() - before
     found = {"held": held, "inherited": in_a_fork(lambda: resident() - before), "in_fork": in_a_fork(after_free)}
-    block = touched()
+    block, (read, write) = touched(), os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.read(os.pipe()[0], 1)  # for ever: the writing end is open here
+        os.close(write)
+        os.read(read, 1)  # until the other process ends it, or has ended
+        os._exit(0)
     block.add_(1)  # copied, in small pages
     small = resident("AnonHugePages")
     memory.use_huge_pages()

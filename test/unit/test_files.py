@@ -407,3 +407,27 @@ def test_small_pictures_of_a_data_set_stay_as_they_are_and_others_are_made_so():
     pixels = np.random.RandomState(0).randint(0, 256, (32, 32, 3), dtype=np.uint8)
     assert np.array_equal(transform(Image.fromarray(pixels))[0].numpy(), pixels)
     assert tuple(transform(Image.new("RGB", (640, 480)))[0].shape) == (32, 32, 3)
+
+
+@pytest.mark.parametrize("name", ["run-20261126120000.pth", "run-1767225600.pth", "run-20261126.pth",
+                                  "run-1b4e28ba-2fa1-41d2-883f-0016d3cca427.pth", "run-0016d3.pth"])
+def test_numbers_and_uuids_at_the_end_of_a_name_are_no_hashes(name, tmp_path):
+    assert checkpoints.without_hash(name[:-4]) == name[:-4]
+    torch.save({"model": {"weight": torch.zeros(2)}}, str(tmp_path / name))
+    assert checkpoints.load_checkpoint(str(tmp_path / name), "--resume").content["model"]["weight"].sum() == 0
+
+
+@pytest.mark.parametrize("name", ["run-0016d3cc.pth", "run-1b4e28ba-0016d3cc.pth", "a1-2fa1-0016d3cca427.pth"])
+def test_other_hexadecimal_endings_are(name, tmp_path):
+    torch.save({"model": {"weight": torch.zeros(2)}}, str(tmp_path / name))
+    with pytest.raises(UserError, match="its SHA-256 starts with"):
+        checkpoints.load_checkpoint(str(tmp_path / name), "--resume")
+
+
+@pytest.mark.parametrize("own, names", [(["crane", "owl", "crane"], ["owl", "crane"]),
+                                        (["crane", "owl"], ["crane", "owl", "crane"])])
+def test_a_name_of_several_classes_says_no_place(own, names):
+    checkpoint = checkpoints.Checkpoint({"classes": own, "model": {}}, "x.pth", "--resume")
+    with pytest.raises(UserError, match="'crane' is the name of several"):
+        checkpoint.places_of(names)
+    assert checkpoint.places_of(["owl"]) == [1]

@@ -159,6 +159,8 @@ def test_the_scripts_run_on_the_npu_stand_in(checkout, digit_folder, script, pro
     (["--data_path=.", "--batch-size=99999999999999999999"], "--batch_size 99999999999999999999 is too large a number"),
     (["--data_path=.", "--nnodes=02", "--node_rank=08", "--master_addr=a"], "--node_rank 8: the 2 machines are"),
     (["--data_path=.", "--master_port=0"], "--master_port 0 is no port"),
+    (["--data_path=.", "--", "--output_dir", "elsewhere"], "give --output_dir before --"),
+    (["--data_path=.", "--", "--output-dir=elsewhere"], "give --output-dir=elsewhere before --"),
     (["--data_path=.", "--", "--device", "cuda"], "--device cuda: no such device is available here"),
 ])
 def test_a_mistake_ends_in_one_sentence_and_changes_nothing(checkout, arguments, sentence):

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import types
 
 import commands
@@ -166,3 +167,22 @@ def test_a_checkpoint_from_elsewhere_leaves_the_run_that_is_there(student, digit
     log = read_log(out)
     assert summary["updates"] == sum(entry["updates"] for entry in log) == 3 * log[0]["updates"]
     assert summary["seconds"] >= sum(entry["seconds"] for entry in log)
+
+
+@pytest.mark.parametrize("log", [[{"loss": 1.0}], [{"epoch": 0}], [{"epoch": "one", "test_acc1": 1.0}], [3], 7])
+def test_a_log_of_another_program_is_refused(log):
+    state = TrainingState(types.SimpleNamespace(machine=types.SimpleNamespace(world=None)), None, None, [],
+                          {"start_epoch": 0, "best_by": "test_acc1"})
+    with pytest.raises((AttributeError, KeyError, TypeError, ValueError)):  # those that `restore` puts in a sentence
+        state._take_place({"log": log}, False)
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (None, "log.txt cannot be read"), ("", "log.txt holds no finished epoch"), ("no json", "log.txt cannot be read"),
+    ('{"loss": 1}\n', "log.txt cannot be read"), ("7\n", "log.txt cannot be read")])
+def test_the_closing_table_names_what_it_cannot_read(content, sentence, tmp_path):
+    if content is not None:
+        (tmp_path / "log.txt").write_text(content)
+    for argument, said in (("one={}".format(tmp_path), sentence), (str(tmp_path), "is not NAME=OUTPUT_DIR")):
+        code, _, err = commands.run([sys.executable, "-m", "runtime.keeping.table", argument])
+        assert code == 2 and said in err and err.count("\n") == 1, err

@@ -17,8 +17,7 @@ BLOCK = 64  # MiB, as in print_memory.py
 
 
 needs_huge_pages = pytest.mark.skipif(
-    not memory._may_reserve() or "[never]" in memory._read("/sys/kernel/mm/transparent_hugepage/enabled"),
-    reason="this system gives no huge pages of 2 MB, or limits addresses")
+    not memory._may_reserve(), reason="this system gives no huge pages of 2 MB, or limits addresses")
 
 
 def figures(case):
@@ -49,7 +48,7 @@ def test_memory_shared_with_workers_comes_back_into_huge_pages():
     release = tuple(int(part) for part in platform.release().split(".")[:2])
     if release < (6, 1):
         pytest.skip("Linux before 6.1 does so in its own time")
-    assert figures("forked")["gained"] > 0.8 * BLOCK
+    assert figures("forked")["gained"] > 0.95 * BLOCK
 
 
 def test_limited_addresses_are_left_alone():
@@ -57,12 +56,15 @@ def test_limited_addresses_are_left_alone():
     assert found["grown"] < 8 and found["after_free"] > 0.9 * BLOCK
 
 
-@pytest.mark.parametrize("path, text", [("hpage_pmd_size", "536870912"), ("hpage_pmd_size", None),
-                                        ("overcommit_memory", "2"), ("overcommit_memory", None)])
-def test_no_addresses_are_reserved_where_they_cost(path, text, monkeypatch):
-    usual = {"hpage_pmd_size": "2097152", "overcommit_memory": "0"}
-    monkeypatch.setattr("resource.getrlimit", lambda kind: (resource.RLIM_INFINITY,) * 2)
-    monkeypatch.setattr(memory, "_read", lambda name: usual[os.path.basename(name)])
+@pytest.mark.parametrize("name, value", [
+    ("hpage_pmd_size", "536870912"), ("hpage_pmd_size", None), ("enabled", "always madvise [never]"), ("enabled", None),
+    ("overcommit_memory", "2"), ("overcommit_memory", None),
+    (resource.RLIMIT_AS, 1 << 40), (resource.RLIMIT_DATA, 1 << 40)])
+def test_no_addresses_are_reserved_where_they_cost(name, value, monkeypatch):
+    system = {"hpage_pmd_size": "2097152", "enabled": "always [madvise] never", "overcommit_memory": "0",
+              resource.RLIMIT_AS: resource.RLIM_INFINITY, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (system[kind], resource.RLIM_INFINITY))
+    monkeypatch.setattr(memory, "_read", lambda path: system[os.path.basename(path)])
     assert memory._may_reserve()
-    monkeypatch.setitem(usual, path, text)
+    monkeypatch.setitem(system, name, value)
     assert not memory._may_reserve()

@@ -521,6 +521,32 @@ def test_a_server_that_falters_is_asked_again(forms, served):
     assert np.array_equal(np.asarray(over[0][0]), np.asarray(local[0][0])) and len(asked) == 4
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("stalls", [1, 9])
+def test_a_server_that_stands_still_inside_an_answer_is_asked_again(stalls, forms, served, monkeypatch):
+    asked = []
+
+    def stall(handler):
+        asked.append(handler.path)
+        if len(asked) > stalls:
+            return False
+        handler.answer(206, b"x" * 10, length=range_of(handler)[1], first=range_of(handler)[0])
+        time.sleep(1)
+        return handler.hang_up()
+
+    monkeypatch.setattr(remote, "TIMEOUT", 0.3)
+    monkeypatch.setattr(remote, "TRIES", 2)
+    remote._sessions.clear()
+    over, local = (build_dataset(False, "IMNET", root, None) for root in (served(forms["shards"], stall),
+                                                                          forms["shards"]))
+    if stalls == 1:
+        assert np.array_equal(np.asarray(over[0][0]), np.asarray(local[0][0])) and len(asked) == 2
+    else:
+        with pytest.raises(RunFailed, match="cannot be read .*timed out"):
+            over[0]
+    remote._sessions.clear()
+
+
 # ------------------------------------------------------------------------------------------------- others' archives
 
 def shard(tmp_path, files, classes="cat\ndog\n"):

@@ -14,7 +14,7 @@ import torch
 import main
 from runtime.errors import UserError
 from runtime.keeping.settings import pictures_sum
-from runtime.keeping.state import Done
+from runtime.keeping.state import Done, TrainingState
 from runtime.keeping.teacher_labels import FORMAT, WEIGHTS, LabelWriter, TeacherLabels, sample_crops
 from runtime.pictures.batches import TrainingView, collate
 from samplers import Feed, build_train_sampler
@@ -279,3 +279,26 @@ def test_labels_of_many_damaged_pictures_are_refused_and_of_few_told(digit_folde
 def test_labels_are_written_also_where_this_loss_would_not_use_them(digit_folder, teacher, tmp_path):
     write(digit_folder, teacher, tmp_path / "labels", "--epochs", 1, "--distillation-alpha", 0)
     assert np.load(str(tmp_path / "labels" / "epoch-0000-replica-0000.npy")).shape == (256,)
+
+
+def test_all_processes_need_as_many_stored_epochs():
+    labels = TeacherLabels.__new__(TeacherLabels)
+    labels.epochs = 3
+    for stored in ([3.0], [3.0, 3.0]):
+        labels.need_everywhere(argparse.Namespace(gather=lambda value, stored=stored: stored))
+    with pytest.raises(UserError, match="process 0 finds 3 whole epochs of labels and process 1 finds 2"):
+        labels.need_everywhere(argparse.Namespace(gather=lambda value: [float(value), 2.0]))
+
+
+@pytest.mark.parametrize("before, now, epoch, inside, said", [
+    (10, 20, 12, True, True), (20, 10, 12, True, True), (10, 20, 25, True, False), (10, 20, 12, False, False),
+    (10, 10, 12, True, False), (None, 20, 12, True, False)])
+def test_going_on_inside_an_epoch_with_more_stored_epochs_is_told(before, now, epoch, inside, said):
+    settings = dict(epochs=99, images=8, labels_sum=0, global_batch=4, processes=1)
+    state = argparse.Namespace(settings=dict(settings, stored_epochs=now), epoch=epoch,
+                               progress={"images": 4} if inside else None)
+    written = dict(settings, stored_epochs=before)
+    checkpoint = argparse.Namespace(settings=lambda: written, recipe=lambda: written, path="x", flag="--resume")
+    lines = []
+    TrainingState._say_where(state, checkpoint, False, lines.append)
+    assert any("stored epochs of teacher labels" in line for line in lines) == said
