@@ -1,5 +1,4 @@
-"""Writes a trained Evo-LeViT for use elsewhere, batch norms folded, any batch size, and compares what was written with
-the
+"""Writes a trained model for use elsewhere, batch norms folded, any batch size, and compares what was written with the
 model on real pictures: validation pictures of its data set, those that are named, or parts of two photographs."""
 import argparse
 import copy

@@ -1,4 +1,4 @@
-"""Shows which tokens an Evo-LeViT keeps: for each stage the picture with the other tokens dimmed and the global class
+"""Shows which tokens a model keeps: for each stage the picture with the other tokens dimmed and the global class
 attention as a heat map, with the five most probable classes, stage-wise and layer-wise. Writes a PNG for each picture
 and mode, and index.html with all of them in it.
 

@@ -107,8 +107,8 @@ def parse(task, text):
         return name, options
     check_model_name(name, "--compare")
     if ("plain" in options or "dense" in options or "keep" in options) and not is_evo_name(name):
-        raise UserError(
-            "contender {}: only Evo-LeViT and Evo-DeiT can run plain, dense or with keep=SHARE".format(text))
+        raise UserError("contender {}: only Evo-LeViT and Evo-DeiT can run dense or with keep=SHARE, and only "
+                        "Evo-LeViT plain".format(text))
     if task == "train" and options.get("teacher") != "none" and not is_evo_name(name) and "published" not in options:
         raise UserError("contender {}: only Evo-LeViT and Evo-DeiT have the heads that a teacher's labels train; add "
                         "teacher=none{}".format(text, " in place of stored" if "stored" in options else ""))

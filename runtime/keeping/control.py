@@ -31,8 +31,11 @@ class Signals:
         self.save = False
         self._since = 0.0
         self._before = {}
+        self._process = os.getpid()
 
     def _on_stop(self, number, frame):
+        if os.getpid() != self._process:  # a loader's worker, which Ctrl-C reaches too, and which this process ends
+            return
         if not self.stop:
             self.stop, self._since = True, time.monotonic()
             os.write(2, b"Stopping: the state is saved after this batch; the same signal again, in a few seconds, "

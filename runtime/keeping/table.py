@@ -16,21 +16,28 @@ def summarize(folder):
             epochs = [json.loads(line) for line in f]
         accuracies, speeds, seconds = ([epoch[name] for epoch in epochs]
                                        for name in ("test_acc1", "train_images_per_s", "seconds"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError("{} cannot be read ({!r})".format(path, error))
+    except OSError as error:
+        raise UserError("{} cannot be read ({})".format(path, error.strerror))
+    except (ValueError, KeyError, TypeError):
+        raise UserError("{} is no log of this project".format(path))
     if not epochs:
         raise UserError("{} holds no finished epoch".format(path))
     return max(accuracies), median_speed(speeds), sum(seconds) / 60
 
 
 def main(arguments):
-    print("{:10} {:>8} {:>12} {:>8}  {}".format("run", "top-1 %", "images/s", "minutes", "files"))
+    runs = []
     for argument in arguments:
-        name, equals, folder = argument.partition("=")
-        if not equals:
+        name, _, folder = argument.partition("=")
+        if not name or not folder:
             raise UserError("'{}' is not NAME=OUTPUT_DIR".format(argument))
-        print("{:10} {:8.2f} {:12.1f} {:8.1f}  {}".format(name, *(summarize(folder) + (
-            os.path.join(folder, "best_checkpoint.pth") + ", log.txt",))))
+        runs.append((name, folder, summarize(folder)))
+    if not runs:
+        raise UserError("name finished runs, as NAME=OUTPUT_DIR")
+    print("{:10} {:>8} {:>12} {:>8}  {}".format("run", "top-1 %", "images/s", "minutes", "files"))
+    for name, folder, figures in runs:
+        print("{:10} {:8.2f} {:12.1f} {:8.1f}  {}".format(name, *figures + (
+            os.path.join(folder, "best_checkpoint.pth") + ", log.txt",)))
 
 
 if __name__ == "__main__":

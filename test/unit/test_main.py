@@ -178,11 +178,12 @@ def test_a_log_of_another_program_is_refused(log):
 
 
 @pytest.mark.parametrize("content, sentence", [
-    (None, "log.txt cannot be read"), ("", "log.txt holds no finished epoch"), ("no json", "log.txt cannot be read"),
-    ('{"loss": 1}\n', "log.txt cannot be read"), ("7\n", "log.txt cannot be read")])
+    (None, "log.txt cannot be read (No such file"), ("", "log.txt holds no finished epoch"),
+    ("no json", "log.txt is no log"), ('{"loss": 1}\n', "log.txt is no log"), ("7\n", "log.txt is no log")])
 def test_the_closing_table_names_what_it_cannot_read(content, sentence, tmp_path):
     if content is not None:
         (tmp_path / "log.txt").write_text(content)
-    for argument, said in (("one={}".format(tmp_path), sentence), (str(tmp_path), "is not NAME=OUTPUT_DIR")):
-        code, _, err = commands.run([sys.executable, "-m", "runtime.keeping.table", argument])
-        assert code == 2 and said in err and err.count("\n") == 1, err
+    for arguments, said in ((["one={}".format(tmp_path)], sentence), ([str(tmp_path)], "is not NAME=OUTPUT_DIR"),
+                            (["one="], "is not NAME=OUTPUT_DIR"), ([], "name finished runs")):
+        code, out, err = commands.run([sys.executable, "-m", "runtime.keeping.table"] + arguments)
+        assert code == 2 and said in err and err.count("\n") == 1 and not out, err

@@ -174,6 +174,24 @@ def test_a_second_signal_stops_at_once_unless_it_is_the_first_passed_on(monkeypa
         signal.signal(signal.SIGINT, handler)
 
 
+def test_a_signal_to_a_loaders_worker_stops_nothing(capfd):
+    """Ctrl-C reaches every process of the terminal's group; the first one ends its workers itself."""
+    from runtime.keeping import control
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with control.Signals() as signals:
+            worker = os.fork()
+            if worker == 0:
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGINT)
+                os._exit(1 if signals.stop else 0)
+            assert os.waitpid(worker, 0)[1] == 0 and not capfd.readouterr().err
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.stop and "Stopping" in capfd.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 @pytest.mark.once
 def test_a_damaged_newest_checkpoint_gives_way_to_the_older_one(forty_digits, tmp_path):
     flags = FAST + ["--batch-size", 8, "--data_path", forty_digits, "--output_dir", tmp_path]
