@@ -55,7 +55,7 @@ from runtime.machine.memory import keep_freed_memory
 TASKS = {"inference": ["EvoLeViT_256,plain", "EvoLeViT_256,fuse", "levit_256,fuse"],
          "train": ["EvoLeViT_256,plain", "EvoLeViT_256"], "loader": ["plain", "recipe"], "breakdown": ["EvoLeViT_256"],
          "operators": ["EvoLeViT_256_384,teacher=none"]}
-TRADE_OFF = "EvoLeViT_256,fuse"  # what --keep-ratio races if nothing is named
+TRADE_OFF = {"inference": "EvoLeViT_256,fuse", "train": "EvoLeViT_256"}  # what --keep-ratio races if nothing is named
 FLAGS = ("compile", "channels-last", "amp", "fuse")
 
 
@@ -189,7 +189,7 @@ def measure(args):
         if getattr(args, flag) not in (None, 1) and args.task not in ("inference", "train"):
             raise UserError("--{} is for inference and train".format(flag.replace("_", "-")))
     if args.keep_ratio:
-        texts = ["{},keep={:g}".format(text, ratio) for text in (texts if args.compare else [TRADE_OFF])
+        texts = ["{},keep={:g}".format(text, ratio) for text in (texts if args.compare else [TRADE_OFF[args.task]])
                  for ratio in args.keep_ratio]
     elif args.resume or args.plot:
         raise UserError("--resume and --plot need --keep-ratio")
@@ -231,7 +231,7 @@ def accuracies(args):
         return {}
     if args.task != "inference":
         raise UserError("--resume measures accuracy, which is that of inference; leave it out of {}".format(args.task))
-    parsed = [contenders.parse(args.task, text) for text in args.compare or [TRADE_OFF]]
+    parsed = [contenders.parse(args.task, text) for text in args.compare or [TRADE_OFF[args.task]]]
     if args.amp or any("amp" in options for _, options in parsed):
         raise UserError("--resume is evaluated in float32 and amp computes otherwise; leave one of them out")
     names = {name for name, _ in parsed}

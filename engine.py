@@ -257,3 +257,10 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, machine: Machine, share
     return {"loss": loss / (images - damaged), "acc1": 100.0 * correct1 / images,
             "acc5": 100.0 * correct5 / images, "images_per_s": images / max(seconds, 1e-9), "images": int(images),
             "damaged": int(damaged), "nonfinite": int(nonfinite)}
+
+
+def need_finite(stats: dict) -> None:
+    """Raises RunFailed where some of a model's outputs were not finite; stats: what `evaluate` returned."""
+    if stats["nonfinite"]:
+        raise RunFailed("the model's output is not finite for {} of {} images, which count as wrong; its weights or "
+                        "their normalisation are damaged".format(stats["nonfinite"], stats["images"]))

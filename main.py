@@ -16,7 +16,7 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 import losses
 from announce import describe, describe_epoch, describe_training, measure_rate, name_slow
 from datasets import crop_pct, need_read
-from engine import Learner, evaluate, label_epoch, train_one_epoch
+from engine import Learner, evaluate, label_epoch, need_finite, train_one_epoch
 from fix_timm.mixup import Mixup
 from flags import (
     check_evaluation,
@@ -29,7 +29,7 @@ from flags import (
     scaled_lr,
 )
 from loaders import build_train_loader, build_val_loader, open_index
-from runtime.errors import NonFiniteLoss, RunFailed, Stopped, TooManyDamagedImages, UserError
+from runtime.errors import NonFiniteLoss, Stopped, TooManyDamagedImages, UserError
 from runtime.keeping.checkpoint import BEST, export_weights, file_hash, load_checkpoint, load_newest, local_file
 from runtime.keeping.control import Control, Signals
 from runtime.keeping.exported import Program, how_to_run
@@ -374,9 +374,7 @@ def evaluate_checkpoint(args, given, checkpoint, machine, index):
     machine.say("Acc@1 {acc1:.3f}  Acc@5 {acc5:.3f}  loss {loss:.6f}  images/s {images_per_s:.1f}".format(**stats))
     if stats["damaged"]:
         machine.say("{} damaged images, named above, count as wrong".format(stats["damaged"]))
-    if stats["nonfinite"]:
-        raise RunFailed("the model's output is not finite for {} of {} images, which count as wrong; its weights or "
-            "their normalisation are damaged".format(stats["nonfinite"], stats["images"]))
+    need_finite(stats)
     if args.export_weights and machine.world.is_main:
         save_export(restored.model, args, classes, mode, machine.say, (mean, std))
     return restored.model

@@ -1,9 +1,8 @@
 """python -m bench.chunks: how much work at a time suits this CPU's caches.
 
-Attention matrices (ops.ATTENTION_CHUNK), what an MLP makes of its tokens (ops.TOKEN_CHUNK) and a teacher's images
-(teacher.CPU_CHUNK) come a few at a time. Each of these sizes is tried at parts and multiples of itself, in turn. A
-cell is the time in milliseconds, by the median over the rounds, and in brackets the ratio to that at the size as it is
-(above 1: slower).
+Attention matrices (ops.ATTENTION_CHUNK) and a teacher's images (teacher.CPU_CHUNK) come a few at a time. Each of these
+sizes is tried at parts and multiples of itself, in turn. A cell is the time in milliseconds, by the median over the
+rounds, and in brackets the ratio to that at the size as it is (above 1: slower).
 """
 import statistics
 import time
@@ -47,8 +46,6 @@ def sizes(batch):
 
     yield attention("inference", inference("EvoLeViT_256_384,fuse", batch, 384, CPU).run)
     yield attention("training step", Training("EvoLeViT_256_384,teacher=none", batch, 384, CPU).run)
-    yield Size("MLP, evo_deit_small_patch16_224, inference", ops, "TOKEN_CHUNK",
-               inference("evo_deit_small_patch16_224", batch, 224, CPU).run)
     yield Size("teacher, regnety_160", teacher, "CPU_CHUNK", _teacher(batch))
 
 

@@ -4,7 +4,7 @@ from typing import List, Optional
 import torch
 
 from datasets import build_dataset, build_transform, need_read
-from engine import evaluate
+from engine import evaluate, need_finite
 from runtime.keeping.checkpoint import load_checkpoint
 from runtime.keeping.restore import need_classes, restore
 from runtime.keeping.settings import places_in
@@ -22,7 +22,7 @@ def accuracies(path: str, name: str, size: int, data_path: Optional[str], ratios
 
     name, size: the contender's model and the side of its images, which the checkpoint's have to be. data_path: where
     the data set lies, None for where training found it. Raises UserError for another checkpoint, for one of another
-    number of classes, and as restore and build_dataset do.
+    number of classes, and as restore and build_dataset do, RunFailed for outputs that are not finite.
     """
     checkpoint = load_checkpoint(path, "--resume")
     saved, found = checkpoint.settings(), []
@@ -36,7 +36,9 @@ def accuracies(path: str, name: str, size: int, data_path: Optional[str], ratios
             checkpoint.refuse("holds {}, which keeps all its tokens".format(restored.name))
         loader = torch.utils.data.DataLoader(_view(checkpoint, restored, data_path), batch_size=batch,
                                              collate_fn=collate)
-        found.append(evaluate(_as_raced(checkpoint, restored.model, machine), loader, machine)["acc1"])
+        stats = evaluate(_as_raced(checkpoint, restored.model, machine), loader, machine)
+        need_finite(stats)
+        found.append(stats["acc1"])
     return found
 
 

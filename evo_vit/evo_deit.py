@@ -15,7 +15,7 @@ from torch import nn
 from .compat import trunc_normal_
 from .layers import Linear
 from .model import EvoModel
-from .ops import attention, by_tokens, drop_path, lerp
+from .ops import attention, drop_path, lerp
 from .registry import PATCH_SIZE, register
 from .tokens import TokenState, put_back, take_slow
 
@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear maps with GELU between them, (B, T, C) -> (B, T, C)."""
+    """Two linear maps with GELU between them, (B, T, C) -> (B, T, C), added to `base` where one is given."""
 
     def __init__(self, dim, hidden_dim):
         super().__init__()
@@ -86,11 +86,8 @@ class Mlp(nn.Module):
         self.act = nn.GELU()
         self.fc2 = Linear(hidden_dim, dim)
 
-    def _map(self, x):
-        return self.fc2(self.act(self.fc1(x)))
-
-    def forward(self, x):
-        return by_tokens(self._map, x, self.fc1.out_features)
+    def forward(self, x, base=None):
+        return self.fc2(self.act(self.fc1(x)), base)
 
 
 class Block(nn.Module):
@@ -102,12 +99,15 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop = drop
 
-    def residual(self, x, branch):
-        """x + branch, both (B, T, C); in training the branch is dropped for a share `drop` of the images."""
-        return x + (drop_path(branch, self.drop) if self.training else branch)
+    def add(self, x, branch, y):
+        """x + branch(y), both (B, T, C); in training the second is dropped for a share `drop` of the images.
+        `branch` can add to a base itself."""
+        if self.training and self.drop:
+            return x + drop_path(branch(y), self.drop)
+        return branch(y, x)
 
     def forward(self, x):
-        return self.residual(x, self.mlp(self.norm2(x)))
+        return self.add(x, self.mlp, self.norm2(x))
 
 
 # --------------------------------------------------------------------------------------------- the model
@@ -214,7 +214,7 @@ class EvoDeiT(EvoModel):
         y = self.norms[i](x)
         q, k = self.qks[i](y)
         y, class_attn = self.attention(q, k, self.vs[i](y))
-        x = self.blocks[i](self.blocks[i].residual(x, self.projs[i](y)))
+        x = self.blocks[i](self.blocks[i].add(x, self.projs[i], y))
         if i >= self.full_blocks:
             class_attn = lerp(score, class_attn, TRADEOFF)
         return x, class_attn

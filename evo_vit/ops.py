@@ -9,7 +9,6 @@ from .compat import TORCH, is_exported, is_traced
 
 ATTENTION_CHUNK = 2 ** 21  # elements: attention matrices of 8 MB at a time stay in a CPU's caches
 _HALF = (torch.float16, torch.bfloat16)
-TOKEN_CHUNK = 2 ** 20  # elements: so do 4 MB of what a function makes of each token on its way
 
 # --- torch before 1.9 cannot be asked for a stable sort, by which equal values fall the same way on every device.
 _SORT_OPTIONS = {"stable": True} if TORCH >= (1, 9) else {}
@@ -25,15 +24,6 @@ def top(x: torch.Tensor, k: int) -> Tuple[torch.Tensor, torch.Tensor]:
         return x.topk(k, dim=1)
     values, places = torch.sort(x, dim=1, descending=True, **_SORT_OPTIONS)
     return values[:, :k], places[:, :k]
-
-
-def by_tokens(function, x: torch.Tensor, width: int) -> torch.Tensor:
-    """function(x), where `function` takes every token of x (B, T, C) alone and makes `width` numbers of it on its way:
-    a few tokens at a time where a CPU computes no gradients."""
-    chunk = max(TOKEN_CHUNK // width // 16 * 16, 16)  # rows, a multiple of what one step of a matrix product takes
-    if x.device.type != "cpu" or torch.is_grad_enabled() or is_traced() or x.shape[0] * x.shape[1] <= chunk:
-        return function(x)
-    return torch.cat([function(rows) for rows in x.flatten(0, 1).split(chunk)]).view(x.shape)
 
 
 def drop_path(branch: torch.Tensor, rate: float) -> torch.Tensor:
@@ -97,17 +87,32 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p
             return _attention_in_chunks(q * scale, k, v, patches)
         attn = _softmax(q * scale @ k.transpose(-2, -1))  # (B, heads, Q, T)
         return attn.to(v.dtype) @ v, attn.flatten(2)[:, :, 1:1 + patches]
-    class_attn = _softmax(q[:, :, :1] * scale @ k.transpose(-2, -1))  # one row of what the fused kernel hides
-    return _fused_attention(q, k, v, scale=scale), class_attn.flatten(2)[:, :, 1:1 + patches]
+    row = q[:, :, :1] * scale  # of the attention matrix the first, which the fused kernel hides
+    row = (row.float() if row.dtype in _HALF else row) * k  # no product of matrices, which would copy the keys
+    return _fused_attention(q, k, v, scale=scale), row.sum(dim=-1).softmax(dim=-1)[:, :, 1:1 + patches]
 
 
 # --------------------------------------------------------------------------------------------- linear maps
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor = None,
-           by_convolution: bool = False) -> torch.Tensor:
-    """torch.nn.functional.linear, (..., C_in) -> (..., C_out); by_convolution: float32 on a CPU as a 1x1 convolution,
-    which is never written down for other machines."""
-    if by_convolution and x.device.type == "cpu" and x.dtype is torch.float32 and not (
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor = None, by_convolution: bool = False,
+           base: torch.Tensor = None) -> torch.Tensor:
+    """torch.nn.functional.linear, (..., C_in) -> (..., C_out), plus `base` of the result's shape where one is given.
+
+    by_convolution: float32 on a CPU as a 1x1 convolution, which is never written down for other machines.
+    """
+    on_cpu = x.device.type == "cpu"
+    if by_convolution and on_cpu and x.dtype is torch.float32 and not (
             torch.is_autocast_enabled("cpu") or is_exported()):
-        return race.convolution(x, weight, bias)
-    return race.matmul(x, weight, bias)
+        y = race.convolution(x, weight, bias)
+    elif base is not None and on_cpu and not is_traced() and x.dtype == base.dtype == weight.dtype:
+        return _add_product(base, x, weight, bias)
+    else:
+        y = race.matmul(x, weight, bias)
+    return y if base is None else base + y
+
+
+def _add_product(base, x, weight, bias):
+    """base + linear(x): the product is added to base + bias as it is computed, which saves a pass through memory."""
+    rows = base.reshape(-1, base.shape[-1])
+    rows = rows.clone() if bias is None else rows + bias
+    return rows.addmm_(x.reshape(-1, x.shape[-1]), weight.t()).reshape(base.shape)

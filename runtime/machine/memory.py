@@ -83,6 +83,15 @@ def use_huge_pages():
                 libc.madvise(place, min(_PIECE, end - place), _COLLAPSE)
 
 
+def give_back_freed(processes=1):
+    """Gives the system what this process has freed, after work of another kind than the rest. processes: as
+    keep_freed_memory was told."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+        _reserve(libc, processes)  # of which nothing is left
+
+
 def _as_usual(libc):
     """What glibc settles at when it is left alone."""
     libc.mallopt(_MMAP_MAX, 65536)
@@ -96,8 +105,7 @@ def _register_for_forks(libc, processes):
     page, small ones, and they would hold what was there. They themselves keep nothing that they free."""
     def give_back():
         _forked.append(True)
-        libc.malloc_trim(0)
-        _reserve(libc, processes)  # of which nothing is left
+        give_back_freed(processes)
 
     def start_anew():
         _as_usual(libc)

@@ -47,7 +47,13 @@ def kept():
     memory.keep_freed_memory()
     found = {"after_free": after_free()}
     block = touched()
-    return dict(found, huge=resident("AnonHugePages"), right=bool((block == 1).all()))
+    found.update(huge=resident("AnonHugePages"), right=bool((block == 1).all()))
+    del block
+    before = resident()
+    memory.give_back_freed()
+    found["given_back"] = before - resident()
+    again = touched()
+    return dict(found, huge_again=resident("AnonHugePages"), right_again=bool((again == 1).all()))
 
 
 def forked():

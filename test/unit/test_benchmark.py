@@ -452,6 +452,21 @@ def test_the_cost_of_a_data_set_without_its_pictures(tmp_path):
         assert row["main_mib"] < 50 and row["worker_grows_mib"] < 20
 
 
+@pytest.mark.parametrize("task, text", sorted(benchmark.TRADE_OFF.items()))
+def test_what_keep_ratio_races_by_default_is_a_contender_of_the_task(task, text):
+    assert contenders.parse(task, text + ",keep=0.5")[1]["keep"] == "0.5"
+
+
+def test_outputs_that_are_not_finite_have_no_accuracy(student, tmp_path, capsys):
+    content = torch.load(student[0] + "/checkpoint.pth", map_location="cpu")
+    content["model"]["head.l.weight"][1, 0] = float("nan")
+    torch.save(content, str(tmp_path / "nan.pth"))
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["inference", "--device", "cpu", "--keep-ratio", "0.5", "--resume", str(tmp_path / "nan.pth"),
+                        "--compare", "EvoLeViT_128S", "--input-size", "64", "--batch-size", "1", "--rounds", "1"])
+    assert stopped.value.code == 1 and "the model's output is not finite for" in capsys.readouterr().err
+
+
 def test_the_accuracy_of_one_model_does_not_stand_beside_the_speed_of_another(student, capsys):
     for more, sentence in (
             ([], "is of EvoLeViT_128S at 64 pixels and the contender is EvoLeViT_256 at 224"),

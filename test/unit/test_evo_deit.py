@@ -16,7 +16,6 @@ from timm.optim import create_optimizer
 from timm.scheduler import create_scheduler
 
 import evo_vit.evo_deit
-import evo_vit.ops
 import evo_vit.tokens
 from evo_vit import EvoDeiT, compat
 from evo_vit.ops import drop_path
@@ -335,17 +334,6 @@ def test_half_precision_trains_and_ranks_in_single_precision(stage_wise):
 
 
 @torch.no_grad()
-def test_an_mlp_takes_few_tokens_at_a_time(monkeypatch):
-    model, x, rows = small(), images(64), []
-    whole = model(x)
-    monkeypatch.setattr(evo_vit.ops, "TOKEN_CHUNK", 16 * 256)
-    model.blocks[0].mlp.act.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
-    assert relative_error(model(x), whole) < 1e-12 and rows == [16, 16, 2]
-    with torch.enable_grad():
-        assert relative_error(model(x).detach(), whole) < 1e-12 and rows[3:] == [2]
-
-
-@torch.no_grad()
 def test_interleaved_models_and_a_copy_give_the_logits_they_give_alone():
     first, second = small(img_size=96), small()
     second.set_stage_wise(False)
@@ -396,7 +384,7 @@ def test_both_branches_of_a_block_are_dropped_at_its_rate(stage_wise, monkeypatc
     model.eval()(torch.zeros(1, 3, 64, 64))
     assert not rates
     model.train()(torch.zeros(1, 3, 64, 64))
-    assert rates == pytest.approx(np.linspace(0, 0.2, 12).repeat(2).tolist())
+    assert rates == pytest.approx(np.linspace(0, 0.2, 12)[1:].repeat(2).tolist())  # nothing to drop in the first
 
 
 @torch.no_grad()
