@@ -87,7 +87,13 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x, base=None):
-        return self.fc2(self.act(self.fc1(x)), base)
+        x = self.act(self.fc1(x))
+        return self.fc2(x) if base is None else _add(base, self.fc2, x)
+
+
+def _add(base, module, x):
+    """base + module(x): a Linear or an Mlp adds it itself, in one pass; what users have put in its place need not."""
+    return module(x, base) if isinstance(module, (Linear, Mlp)) else base + module(x)
 
 
 class Block(nn.Module):
@@ -100,11 +106,10 @@ class Block(nn.Module):
         self.drop = drop
 
     def add(self, x, branch, y):
-        """x + branch(y), both (B, T, C); in training the second is dropped for a share `drop` of the images.
-        `branch` can add to a base itself."""
+        """x + branch(y), both (B, T, C); in training the second is dropped for a share `drop` of the images."""
         if self.training and self.drop:
             return x + drop_path(branch(y), self.drop)
-        return branch(y, x)
+        return _add(x, branch, y)
 
     def forward(self, x):
         return self.add(x, self.mlp, self.norm2(x))

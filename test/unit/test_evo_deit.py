@@ -333,6 +333,36 @@ def test_half_precision_trains_and_ranks_in_single_precision(stage_wise):
     assert relative_error(model.eval().bfloat16()(x.bfloat16()).float().detach(), exact) < 0.5
 
 
+class Wrapped(torch.nn.Module):
+    """What users put in a layer's place: it takes tokens and gives tokens."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def plain(layer):
+    other = torch.nn.Linear(layer.in_features, layer.out_features).double()
+    other.load_state_dict(layer.state_dict())
+    return other
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replace", [Wrapped, plain])
+def test_layers_can_be_replaced(replace):
+    model, x, seen = small(), images(64), []
+    whole = model(x)
+    for i, block in enumerate(model.blocks):
+        model.projs[i], block.mlp.fc1, block.mlp.fc2 = map(replace, (model.projs[i], block.mlp.fc1, block.mlp.fc2))
+        model.projs[i].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
+    assert relative_error(model(x), whole) < 1e-12 and seen == [64] * 12
+    model.blocks[3].mlp = Wrapped(model.blocks[3].mlp)
+    assert relative_error(model(x), whole) < 1e-12
+
+
 @torch.no_grad()
 def test_interleaved_models_and_a_copy_give_the_logits_they_give_alone():
     first, second = small(img_size=96), small()
