@@ -109,13 +109,13 @@ TABLES = [
 ]
 # Only where the published code is at hand: plain does not know this family.
 PUBLISHED = [
-    Table("Evo-DeiT against the published code, inference", ["inference", "--rounds", "5"],
+    Table("Evo-DeiT against the published code, inference", ["inference", "--rounds", "9"],
           ["evo_deit_small_patch16_224,published", "evo_deit_small_patch16_224", "evo_deit_small_patch16_224,compile",
            "evo_deit_small_patch16_224,amp"],
           {"evo_deit_small_patch16_224": Target("Evo-DeiT-small, inference, batch 16, float32", 1.2, 1.2),
            "evo_deit_small_patch16_224,compile": Target("Evo-DeiT-small, inference, batch 16, compiled", 1.2, 1.2),
            "evo_deit_small_patch16_224,amp": Target("Evo-DeiT-small, inference, batch 16, bf16", 1.2, 1.2)}),
-    Table("Evo-DeiT against the published code, training", ["train", "--rounds", "5"],
+    Table("Evo-DeiT against the published code, training", ["train", "--rounds", "9"],
           ["evo_deit_small_patch16_224,published", "evo_deit_small_patch16_224,teacher=none",
            "evo_deit_small_patch16_224,compile,teacher=none", "evo_deit_small_patch16_224,amp,teacher=none"],
           {"evo_deit_small_patch16_224,teacher=none": Target("Evo-DeiT-small, training step, float32", 1.2, 1.2),
@@ -245,28 +245,31 @@ def _verdict(ratio, target):
     return "met the lower one" if ratio >= target.least else "**missed**"
 
 
-def _targets(found):
-    """(Target, the row that it is asked of, the first contender's row), of each that was measured."""
+def _targets(found, code):
+    """(Target, the row that it is asked of, the first contender's row, its verdict), of each that was measured. code:
+    code_hash, which says whether other code was."""
     for table in TABLES + PUBLISHED:
-        rows = found.get(table.title, {}).get("rows", [])
-        for row in rows:
+        one = found.get(table.title, {})
+        for row in one.get("rows", []):
             if row.get("contender") in table.targets:
-                yield table.targets[row["contender"]], row, rows[0]
+                target = table.targets[row["contender"]]
+                verdict = _verdict(row["ratio"], target) + ("" if one.get("code") == code else " (other code)")
+                yield target, row, one["rows"][0], verdict
 
 
-def side_by_side(machines: Dict[str, dict]) -> str:
+def side_by_side(machines: Dict[str, dict], code: str) -> str:
     """A page that has all machines beside each other. machines: {name of the page: its figures, as `report` writes
-    them}."""
-    measured = {(name, target): (row["ratio"], first["contender"])
-                for name, kept in machines.items() for target, row, first in _targets(kept["tables"])}
+    them}. code: code_hash, of which figures of another are marked."""
+    measured = {(name, target): "{:.2f} to {}, {}".format(row["ratio"], first["contender"], verdict)
+                for name, kept in machines.items() for target, row, first, verdict in _targets(kept["tables"], code)}
     text = ["# Machines side by side", "", "`python benchmark.py report` writes a page for the machine that it runs "
-            "on, and this one. A cell: the ratio to the contender that it names.", "",
+            "on, and this one. A cell: the ratio to the contender that it names. Other code: what figures depend on "
+            "has changed since.", "",
             "| at least, family 25 model 17 / faster kind | {} |".format(" | ".join(
                 "[{}, {} threads]({}.md)".format(kept["about"]["machine"], kept["about"]["threads"], name)
                 for name, kept in machines.items())), "|---|" + "---|" * len(machines)]
     for target in [target for table in TABLES + PUBLISHED for target in table.targets.values()]:
-        cells = ["{:.2f} to {}, {}".format(*measured[name, target], _verdict(measured[name, target][0], target))
-                 if (name, target) in measured else "-" for name in machines]
+        cells = [measured.get((name, target), "-") for name in machines]
         if set(cells) != {"-"}:
             text.append("| {}: {:g} / {:g} | {} |".format(target.what, target.least, target.faster, " | ".join(cells)))
     return "\n".join(text + [""])
@@ -282,10 +285,10 @@ def written(about: dict, found: Dict[str, dict], left_out: Dict[str, str], code:
     text += [""] if left_out else []
     text += ["| what | against | at least, family 25 model 17 / faster kind | measured (min-max) | |",
              "|---|---|---|---|---|"]
-    for target, row, first in _targets(found):
+    for target, row, first, verdict in _targets(found, code):
         text.append("| {} | {} | {:g} / {:g} | {:.2f} ({:.2f}-{:.2f}) | {} |".format(
             target.what, first["contender"], target.least, target.faster, row["ratio"], row["ratio_min"],
-            row["ratio_max"], _verdict(row["ratio"], target)))
+            row["ratio_max"], verdict))
     text.append("")
     for table in TABLES + PUBLISHED:
         if table.title not in found:
@@ -347,4 +350,4 @@ def _write_pages(path, kept):
         kept = _read(os.path.join(folder, file)) if file.endswith(".json") else {}
         if {"about", "tables", "left_out"} <= set(kept):
             pages[os.path.splitext(file)[0]] = kept
-    write_text(os.path.join(folder, TOGETHER), side_by_side(pages))
+    write_text(os.path.join(folder, TOGETHER), side_by_side(pages, code_hash()))

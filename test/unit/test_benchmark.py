@@ -429,13 +429,15 @@ def test_machines_stand_side_by_side(monkeypatch):
     def figures(name, **ratios):
         rows = [{"contender": text, "ratio": ratio, "ratio_min": ratio, "ratio_max": ratio}
                 for text, ratio in [("first", 1.0)] + sorted(ratios.items())]
-        return {"about": {"machine": name, "threads": 2}, "tables": {"Table": {"rows": rows}}, "left_out": {}}
+        return {"about": {"machine": name, "threads": 2}, "tables": {"Table": {"rows": rows, "code": name}},
+                "left_out": {}}
 
     tables = [report.Table("Table", [], [], {"b": report.Target("two", 1, 2), "a": report.Target("one", 1, 3)})]
     monkeypatch.setattr(report, "TABLES", tables)
-    page = report.side_by_side({"x": figures("X", b=2.5), "y": figures("Y", a=0.5, b=1.5)})
-    assert page.splitlines()[-2:] == ["| two: 1 / 2 | 2.50 to first, met | 1.50 to first, met the lower one |",
-                                      "| one: 1 / 3 | - | 0.50 to first, **missed** |"]
+    page = report.side_by_side({"x": figures("X", b=2.5), "y": figures("Y", a=0.5, b=1.5)}, "Y")
+    assert page.splitlines()[-2:] == [
+        "| two: 1 / 2 | 2.50 to first, met (other code) | 1.50 to first, met the lower one |",
+        "| one: 1 / 3 | - | 0.50 to first, **missed** |"]
 
 
 def test_the_cost_of_a_data_set_without_its_pictures(tmp_path):
