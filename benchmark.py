@@ -202,7 +202,7 @@ def measure(args):
     figures = {"task": args.task, "device": device.type, "threads": torch.get_num_threads(),
         "torch": versions()["torch"], "matmul_gflops_per_s": rate / 1e9, "rows": []}
     print(
-        "{device}, {threads} threads, torch {torch}, float32 matrix products {matmul_gflops_per_s:.0f} GFLOP/s".format(
+        "{device}, threads {threads}, torch {torch}, float32 matrix products {matmul_gflops_per_s:.0f} GFLOP/s".format(
         **figures))
     with contenders.photos(*args.photo_size) if args.task in ("loader", "breakdown") else nullcontext() as folder:
         if args.task == "breakdown":
@@ -249,7 +249,7 @@ def add_accuracy(found, rows):
         row["keep_ratio"] = float(share)
         row["acc1"] = next((value for ratio, value in found.items() if "{:g}".format(ratio) == share), None)
         if row["acc1"] is not None:
-            print("| {contender} | top-1 {acc1:.2f} % |".format(**row))
+            print("| {contender} | top-1 {acc1:.2f} %, stage-wise |".format(**row))
 
 
 def check(args):

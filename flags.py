@@ -48,7 +48,7 @@ def get_args_parser():
     add("--keep-ratio", type=float, metavar="SHARE", help="share of the tokens that go the slow way where tokens are "
         "selected, above 0 and at most 1: fewer are faster (default: the model's own, 0.5)")
     add("--drop-path", type=share_below_1, metavar="SHARE", help="share of images for which a residual branch is left "
-        "out in training, 0 to 1 (default: the model's own)")
+        "out in training, from 0 to below 1 (default: the model's own)")
     add("--prune-warmup-epoch", type=count, default=0, metavar="EPOCH", help="first epoch with token selection")
     add("--stage-wise-epoch", type=count, default=200, metavar="EPOCH", help="first epoch that runs stage-wise with "
         "the learned trade-off; before it layer-wise with trade-off 0.5")
@@ -56,7 +56,8 @@ def get_args_parser():
     add = parser.add_argument_group("moving average of the weights").add_argument
     add("--model-ema", action="store_true", default=True, help="keep one, and evaluate it after each epoch, too")
     add("--no-model-ema", action="store_false", dest="model_ema", help="keep none")
-    add("--model-ema-decay", type=share, default=0.99996, metavar="SHARE", help="what stays of it in an update, 0 to 1")
+    add("--model-ema-decay", type=share, default=0.99996, metavar="SHARE",
+        help="weight of the old average at each update, 0 to 1")
     add("--model-ema-warmup", action="store_true", help="smaller decay at first, (1 + updates) / (10 + updates): for "
         "short runs")
     add("--model-ema-force-cpu", action="store_true", help="keep it in host memory; it is then not evaluated")

@@ -160,8 +160,8 @@ def markdown(rows):
     if "part" in rows[0]:
         return ["| part of a step of {contender} | ms | share |".format(**rows[0]), "|---|---|---|"] + [
             "| {part} | {milliseconds:.1f} | {share:.1%} |".format(**row) for row in rows]
-    lines = ["| contender | batch | pixels | ms (min-max) | images/s | ratio (min-max) | GFLOPs | of matmul rate "
-             "| peak MiB |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| contender | batch | pixels | ms (min-max) | images/s | ratio (min-max) | GFLOP (2 a multiply-add) "
+             "| of matmul rate | peak MiB |", "|---|---|---|---|---|---|---|---|---|"]
     number = lambda value, form: "-" if value is None else form.format(value)  # noqa: E731
     for row in rows:
         lines.append("| {contender} | {batch_size} | {input_size} | {milliseconds:.1f} "

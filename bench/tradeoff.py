@@ -76,10 +76,11 @@ def draw(rows: List[dict], title: str) -> str:
         for speed, value, ratio in points:
             axis.annotate("{:g}".format(ratio), (speed, value), textcoords="offset points", xytext=(4, 4), fontsize=8)
     axis.set_xlabel("images/s")
-    axis.set_ylabel("top-1, %" if known else "GFLOPs of a batch")
+    axis.set_ylabel("top-1, %" if known else "GFLOP of a batch (2 a multiply-add)")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False)
-    head = ["model", "keep ratio", "images/s", "speed to the first (min-max)", "GFLOPs of a batch", "top-1, %"]
+    head = ["model", "keep ratio", "images/s", "speed to the first (min-max)", "GFLOP of a batch (2 a multiply-add)",
+            "top-1, %"]
     table = page.table(head, [[row["model"], "{:g}".format(row["keep_ratio"]), "{:.1f}".format(row["images_per_s"]),
          "{ratio:.2f} ({ratio_min:.2f}-{ratio_max:.2f})".format(**row), "{:.1f}".format(row["gflops"]), "-"
         if row["acc1"] is None else "{:.2f}".format(row["acc1"])] for row in rows])

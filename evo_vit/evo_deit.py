@@ -46,8 +46,8 @@ class QueryKey(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, x):
-        B, T, _ = x.shape
-        return self.qk(x).view(B, T, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        B, T, C = x.shape
+        return self.qk(x).view(B, T, 2, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Value(nn.Module):
@@ -59,8 +59,8 @@ class Value(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, x):
-        B, T, _ = x.shape
-        return self.v(x).view(B, T, self.num_heads, -1).transpose(1, 2)
+        B, T, C = x.shape
+        return self.v(x).view(B, T, self.num_heads, C // self.num_heads).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear maps with GELU between them, (B, T, C) -> (B, T, C), added to `base` where one is given."""
+    """Two linear maps with GELU between them, (B, T, C) -> (B, T, C)."""
 
     def __init__(self, dim, hidden_dim):
         super().__init__()
@@ -86,14 +86,8 @@ class Mlp(nn.Module):
         self.act = nn.GELU()
         self.fc2 = Linear(hidden_dim, dim)
 
-    def forward(self, x, base=None):
-        x = self.act(self.fc1(x))
-        return self.fc2(x) if base is None else _add(base, self.fc2, x)
-
-
-def _add(base, module, x):
-    """base + module(x): a Linear or an Mlp adds it itself, in one pass; what users have put in its place need not."""
-    return module(x, base) if isinstance(module, (Linear, Mlp)) else base + module(x)
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -105,14 +99,12 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop = drop
 
-    def add(self, x, branch, y):
-        """x + branch(y), both (B, T, C); in training the second is dropped for a share `drop` of the images."""
-        if self.training and self.drop:
-            return x + drop_path(branch(y), self.drop)
-        return _add(x, branch, y)
+    def residual(self, x, branch):
+        """x + branch, both (B, T, C); in training the branch is dropped for a share `drop` of the images."""
+        return x + (drop_path(branch, self.drop) if self.training else branch)
 
     def forward(self, x):
-        return self.add(x, self.mlp, self.norm2(x))
+        return self.residual(x, self.mlp(self.norm2(x)))
 
 
 # --------------------------------------------------------------------------------------------- the model
@@ -141,7 +133,7 @@ class EvoDeiT(EvoModel):
         keep_ratio: share of patch tokens that go the slow way in every later block; set_keep_ratio changes it.
 
     Raises:
-        ValueError: unsupported `img_size`, `full_blocks` or `keep_ratio`.
+        ValueError: unsupported `img_size`, `full_blocks`, `keep_ratio`, `drop_path_rate`, `depth` or `num_heads`.
     """
 
     family = "Evo-DeiT"
@@ -149,7 +141,10 @@ class EvoDeiT(EvoModel):
 
     def __init__(self, embed_dim, num_heads, depth=12, mlp_ratio=4, drop_path_rate=0.1, num_classes=1000,
                  distillation=True, img_size=224, full_blocks=4, keep_ratio=0.5):
-        super().__init__(img_size, embed_dim, distillation, full_blocks, keep_ratio)
+        super().__init__(img_size, embed_dim, distillation, full_blocks, keep_ratio, drop_path_rate)
+        if depth < 1 or embed_dim % num_heads:
+            raise ValueError("depth {}, embed_dim {}, num_heads {}: there is at least one block, and all heads are of "
+                             "one width".format(depth, embed_dim, num_heads))
         self.full_blocks = full_blocks
         self.stages = [range(first, min(first + STAGE_LENGTH, depth)) for first in range(0, depth, STAGE_LENGTH)]
         self.feature_info = [dict(num_chs=embed_dim, reduction=PATCH_SIZE, module="blocks.{}".format(stage[-1]))
@@ -219,7 +214,7 @@ class EvoDeiT(EvoModel):
         y = self.norms[i](x)
         q, k = self.qks[i](y)
         y, class_attn = self.attention(q, k, self.vs[i](y))
-        x = self.blocks[i](self.blocks[i].add(x, self.projs[i], y))
+        x = self.blocks[i](self.blocks[i].residual(x, self.projs[i](y)))
         if i >= self.full_blocks:
             class_attn = lerp(score, class_attn, TRADEOFF)
         return x, class_attn

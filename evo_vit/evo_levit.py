@@ -102,14 +102,14 @@ class Attention(_ClassAttention):
         """
         B, T, _ = x.shape
         # (B, heads, T, 2 key + value); copied once here, or the products would copy each part
-        qkv = self.qkv(x).view(B, T, self.num_heads, -1).transpose(1, 2).contiguous()
+        qkv = self.qkv(x).view(B, T, self.num_heads, 2 * self.key_dim + self.value_dim).transpose(1, 2).contiguous()
         q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=3)
         n = T - 1 if score is None else score.shape[1]
         x, class_attn = attention(q, k, v, self.scale, n)  # (B, heads, T, value), (B, heads, n)
 
         class_attn = class_attn.mean(dim=1)
         score = class_attn if score is None else self.blend(score, class_attn, learned)
-        return self.proj(x.transpose(1, 2).reshape(B, T, -1)), score
+        return self.proj(x.transpose(1, 2).flatten(2)), score
 
 
 class Subsample(nn.Module):
@@ -121,9 +121,8 @@ class Subsample(nn.Module):
         self.stride = stride
 
     def forward(self, x):
-        B, _, C = x.shape
-        grid = x.reshape(B, self.resolution, self.resolution, C)
-        return grid[:, ::self.stride, ::self.stride].reshape(B, -1, C)
+        grid = x.reshape(x.shape[0], self.resolution, self.resolution, x.shape[2])
+        return grid[:, ::self.stride, ::self.stride].flatten(1, 2)
 
 
 class AttentionSubsample(_ClassAttention):
@@ -146,16 +145,16 @@ class AttentionSubsample(_ClassAttention):
         x = x + self.poss
         B, T, _ = x.shape
         subsample, project_q = self.q[0], self.q[1]  # which torch 2.1's compiler cannot unpack
-        kv = self.kv(x).view(B, T, self.num_heads, -1).transpose(1, 2).contiguous()
+        kv = self.kv(x).view(B, T, self.num_heads, self.key_dim + self.value_dim).transpose(1, 2).contiguous()
         k, v = kv.split([self.key_dim, self.value_dim], dim=3)  # (B, heads, T, key), (B, heads, T, value)
         q = project_q(torch.cat((x[:, :1], subsample(x[:, 1:])), dim=1))
-        q = q.view(B, -1, self.num_heads, self.key_dim).transpose(1, 2)  # (B, heads, 1 + N', key)
+        q = q.view(B, q.shape[1], self.num_heads, self.key_dim).transpose(1, 2)  # (B, heads, 1 + N', key)
         x, class_attn = attention(q, k, v, self.scale, T - 1)
 
         score, class_attn = subsample(torch.stack((state.score, class_attn.mean(dim=1)), dim=-1)).unbind(-1)
         score = self.blend(score, class_attn, mode.learned)
         score = score * (state.score.sum(dim=1, keepdim=True) / score.sum(dim=1, keepdim=True))
-        return self.proj(x.transpose(1, 2).reshape(B, q.shape[2], -1)), TokenState(score, None)
+        return self.proj(x.transpose(1, 2).flatten(2)), TokenState(score, None)
 
 
 # --------------------------------------------------------------------------------------------- blocks
@@ -253,7 +252,7 @@ class EvoLeViT(EvoModel):
         keep_ratio: share of patch tokens that go the slow way in every later block; set_keep_ratio changes it.
 
     Raises:
-        ValueError: unsupported `img_size`, `full_blocks` or `keep_ratio`.
+        ValueError: unsupported `img_size`, `full_blocks`, `keep_ratio` or `drop_path_rate`.
     """
 
     family = "Evo-LeViT"
@@ -261,7 +260,7 @@ class EvoLeViT(EvoModel):
 
     def __init__(self, embed_dim, key_dim, num_heads, depth, drop_path_rate=0.0, num_classes=1000,
                  distillation=True, img_size=224, full_blocks=2, keep_ratio=0.5):
-        super().__init__(img_size, embed_dim[-1], distillation, full_blocks, keep_ratio)
+        super().__init__(img_size, embed_dim[-1], distillation, full_blocks, keep_ratio, drop_path_rate)
         self.learn_tradeoff = True
         self.feature_info = []
         resolution = self.img_size // PATCH_SIZE

@@ -38,15 +38,14 @@ class Conv2d_BN(nn.Sequential):
 
 
 class Linear(nn.Linear):
-    """nn.Linear by the way that is the fastest where it is built (race.py), (..., C_in) -> (..., C_out); in `forward`
-    the result is added to `base`, of the same shape, where one is given."""
+    """nn.Linear by the way that is the fastest where it is built (race.py), (..., C_in) -> (..., C_out)."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.by_convolution = choose_linear().way == "convolution"
 
-    def forward(self, x, base=None):
-        return linear(x, self.weight, self.bias, self.by_convolution, base)
+    def forward(self, x):
+        return linear(x, self.weight, self.bias, self.by_convolution)
 
 
 class Linear_BN(nn.Sequential):

@@ -18,16 +18,18 @@ class EvoModel(nn.Module):
     Two execution modes share the weights: stage-wise (tokens selected once per stage) and layer-wise (in every block).
 
     Raises:
-        ValueError: unsupported `img_size`, `keep_ratio` or `full_blocks`.
+        ValueError: unsupported `img_size`, `keep_ratio`, `full_blocks` or `drop_path_rate`.
     """
 
     family = min_size = None
 
-    def __init__(self, img_size, num_features, distillation, full_blocks, keep_ratio):
+    def __init__(self, img_size, num_features, distillation, full_blocks, keep_ratio, drop_path_rate):
         super().__init__()
         if full_blocks < 1:
             raise ValueError("full_blocks {}: tokens have no score before the first block, so it is at least 1"
                              .format(full_blocks))
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError("drop_path_rate {} is not at least 0 and below 1".format(drop_path_rate))
         self.img_size = square_side(img_size, self.family, self.min_size)
         self.num_features = self.head_hidden_size = num_features
         self.distillation = distillation
@@ -60,6 +62,8 @@ class EvoModel(nn.Module):
 
     def check_images(self, x):
         """Raises ValueError unless the images x (B, 3, H, W) have the model's size."""
+        if x.dim() != 4:
+            raise ValueError("{} takes a batch of images (B, 3, H, W) and got {}".format(self.family, tuple(x.shape)))
         if tuple(x.shape[-2:]) != (self.img_size, self.img_size):
             raise ValueError("this {} was built for {} x {} images and got {} x {}; "
                              "build it with img_size set to the size of the images"

@@ -94,25 +94,11 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, p
 
 # --------------------------------------------------------------------------------------------- linear maps
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor = None, by_convolution: bool = False,
-           base: torch.Tensor = None) -> torch.Tensor:
-    """torch.nn.functional.linear, (..., C_in) -> (..., C_out), plus `base` of the result's shape where one is given.
-
-    by_convolution: float32 on a CPU as a 1x1 convolution, which is never written down for other machines.
-    """
-    on_cpu = x.device.type == "cpu"
-    if by_convolution and on_cpu and x.dtype is torch.float32 and not (
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor = None,
+           by_convolution: bool = False) -> torch.Tensor:
+    """torch.nn.functional.linear, (..., C_in) -> (..., C_out); by_convolution: float32 on a CPU as a 1x1 convolution,
+    which is never written down for other machines."""
+    if by_convolution and x.device.type == "cpu" and x.dtype is torch.float32 and not (
             torch.is_autocast_enabled("cpu") or is_exported()):
-        y = race.convolution(x, weight, bias)
-    elif base is not None and on_cpu and not is_traced() and x.dtype == base.dtype == weight.dtype:
-        return _add_product(base, x, weight, bias)
-    else:
-        y = race.matmul(x, weight, bias)
-    return y if base is None else base + y
-
-
-def _add_product(base, x, weight, bias):
-    """base + linear(x): the product is added to base + bias as it is computed, which saves a pass through memory."""
-    rows = base.reshape(-1, base.shape[-1])
-    rows = rows.clone() if bias is None else rows + bias
-    return rows.addmm_(x.reshape(-1, x.shape[-1]), weight.t()).reshape(base.shape)
+        return race.convolution(x, weight, bias)
+    return race.matmul(x, weight, bias)

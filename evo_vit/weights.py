@@ -40,9 +40,9 @@ def from_deit(state):
                 before, after = _BLOCK_PARTS[part]
                 renamed["{}.{}{}.{}".format(before, number, after, last)] = value
             else:
-                raise ValueError("{} is not a weight of a DeiT".format(name))
+                raise ValueError("{} is not a weight of a DeiT of the first version".format(name))
         elif name not in _DISTILLED:
-            raise ValueError("{} is not a weight of a DeiT".format(name))
+            raise ValueError("{} is not a weight of a DeiT of the first version".format(name))
     return renamed
 
 

@@ -295,6 +295,17 @@ def _one_line(error):
     return text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
 
 
+def _is_program(path):
+    """Whether `path` is a file of export.py that no checkpoint can be read from: by its suffix, or TorchScript."""
+    if path.endswith((".onnx", ".pt2")):
+        return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 def load_checkpoint(path: str, flag: str) -> Checkpoint:
     """Reads a checkpoint on the CPU: a dict of tensors and plain values. `path` may be a URL, and a safetensors file.
 
@@ -302,14 +313,15 @@ def load_checkpoint(path: str, flag: str) -> Checkpoint:
     damaged, not a checkpoint, or that fails its name's hash.
     """
     path = local_file(path, flag)
+    if _is_program(path):
+        raise UserError("{}: {} is an exported program, which main.py --eval alone takes; name the checkpoint that it "
+                        "was made from".format(flag, path))
     try:
         if path.endswith(".safetensors"):
             content, unknown = load_safetensors(path), set()
         else:
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
-                    if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                        raise ValueError("it is a TorchScript program, which --eval alone takes")
                     damaged = archive.testzip()  # checksums of every tensor, which torch.load does not look at
                 if damaged:
                     raise ValueError("checksum of {} is wrong".format(damaged))

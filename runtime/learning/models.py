@@ -170,9 +170,10 @@ def load_weights(model: torch.nn.Module, state: Dict[str, torch.Tensor], name: s
             state = dict({key: state[present[0]] for key in keys}, **state)
     missing = sorted(set(own) - set(state))
     unexpected = sorted(set(state) - set(own))
+    start = "; to start from it, name it by main.py --finetune" if is_evo_name(name) else ""
     if missing or unexpected:
-        refuse("is not a checkpoint of {} ({} of its tensors are missing, {} are unknown, {} for one)".format(
-            name, len(missing), len(unexpected), (missing + unexpected)[0]))
+        refuse("is not a checkpoint of {} ({} of its tensors are missing, {} are unknown, {} for one){}".format(
+            name, len(missing), len(unexpected), (missing + unexpected)[0], start))
     other = [key for key in own if own[key].shape != state[key].shape]
     classifier = [key for key in other if own[key].dim() and own[key].shape[1:] == state[key].shape[1:]
                   and re.search(r"head|classifier|fc\.", key)]
@@ -180,6 +181,6 @@ def load_weights(model: torch.nn.Module, state: Dict[str, torch.Tensor], name: s
         refuse("was trained on {} classes but {} are needed here (the classes of the data set)".format(
             state[other[0]].shape[0], own[other[0]].shape[0]))
     if other:
-        refuse("does not fit {} at this size: {} is {} there and {} here".format(
-            name, other[0], tuple(state[other[0]].shape), tuple(own[other[0]].shape)))
+        refuse("does not fit {} at this size: {} is {} there and {} here{}".format(
+            name, other[0], tuple(state[other[0]].shape), tuple(own[other[0]].shape), start))
     model.load_state_dict(state)

@@ -142,6 +142,9 @@ def test_a_wrong_teacher_file_is_refused(refused, teacher, tmp_path):
     (tmp_path / "teacher-0123abcd.pth").write_bytes(content)
     assert "its SHA-256 starts with" in sentence("teacher-0123abcd.pth")
     assert "is not a checkpoint of regnety_004" in sentence(teacher, "regnety_004")
+    for name in ("model.onnx", "model.pt2"):
+        (tmp_path / name).write_bytes(content[:100])
+        assert name + " is an exported program, which main.py --eval alone takes" in sentence(name)
     torch.save([1, 2], str(tmp_path / "list.pth"))
     assert "holds a list, not a checkpoint" in sentence("list.pth")
     torch.save({"epoch": 1}, str(tmp_path / "empty.pth"))
@@ -158,8 +161,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(refused, student, digit_folde
     assert "has finished epoch 2 of 2 already" in refused(
         *small[:2] + ["--input-size", 64, "--model", "EvoLeViT_128S", "--resume", path, "--epochs", 2,
                       "--teacher-model", "regnety_002", "--teacher-path", _fresh_teacher(tmp_path)])
-    assert "is not a checkpoint of EvoLeViT_128 " in refused("--eval", "--resume", path, "--model", "EvoLeViT_128")
-    assert "at this size: poss is" in refused("--eval", "--resume", path, "--input-size", 96)
+    for sentence, flags in (("is not a checkpoint of EvoLeViT_128 ", ("--model", "EvoLeViT_128")),
+                            ("at this size: poss is", ("--input-size", 96))):
+        told = refused("--eval", "--resume", path, *flags)
+        assert sentence in told and "to start from it, name it by main.py --finetune" in told
     few = commands.write_digits(tmp_path / "few", classes=4, train=1, val=1)
     nameless = str(tmp_path / "nameless.pth")
     content = torch.load(path, map_location="cpu")

@@ -353,14 +353,25 @@ def plain(layer):
 @torch.no_grad()
 @pytest.mark.parametrize("replace", [Wrapped, plain])
 def test_layers_can_be_replaced(replace):
-    model, x, seen = small(), images(64), []
+    model, x = small(), images(64)
     whole = model(x)
     for i, block in enumerate(model.blocks):
         model.projs[i], block.mlp.fc1, block.mlp.fc2 = map(replace, (model.projs[i], block.mlp.fc1, block.mlp.fc2))
-        model.projs[i].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
-    assert relative_error(model(x), whole) < 1e-12 and seen == [64] * 12
+    assert relative_error(model(x), whole) < 1e-12
     model.blocks[3].mlp = Wrapped(model.blocks[3].mlp)
     assert relative_error(model(x), whole) < 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_see_a_layers_own_input_and_output(training):
+    model, x, seen = small().train(training), images(64), []
+    for layer in (model.projs[5], model.blocks[5].mlp.fc2):
+        layer.register_forward_pre_hook(lambda layer, inputs: inputs[0] * 1)
+        layer.register_forward_hook(lambda layer, inputs, y: seen.append(
+            relative_error(F.linear(inputs[0], layer.weight, layer.bias), y)))
+    whole = small().train(training)(x)
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(model(x), whole)) and max(seen) < 1e-12 and len(seen) == 2
 
 
 @torch.no_grad()
@@ -394,6 +405,15 @@ def test_other_image_sizes_are_refused(size):
         EvoDeiT(64, 2, img_size=size)
     with pytest.raises(ValueError, match="built for 64 x 64 images and got 80 x 64"):
         EvoDeiT(64, 2, img_size=64)(torch.zeros(1, 3, 80, 64))
+    with pytest.raises(ValueError, match="takes a batch of images .* and got \\(3, 64, 64\\)"):
+        EvoDeiT(64, 2, img_size=64)(torch.zeros(3, 64, 64))
+
+
+@pytest.mark.parametrize("options", [
+    dict(depth=0), dict(num_heads=3), dict(drop_path_rate=1.0), dict(drop_path_rate=-0.1)])
+def test_options_without_meaning_are_refused(options):
+    with pytest.raises(ValueError, match=list(options)[0]):
+        EvoDeiT(**dict(dict(embed_dim=64, num_heads=2, img_size=64), **options))
 
 
 def test_drop_path_leaves_out_whole_images_and_keeps_the_mean():
@@ -414,7 +434,7 @@ def test_both_branches_of_a_block_are_dropped_at_its_rate(stage_wise, monkeypatc
     model.eval()(torch.zeros(1, 3, 64, 64))
     assert not rates
     model.train()(torch.zeros(1, 3, 64, 64))
-    assert rates == pytest.approx(np.linspace(0, 0.2, 12)[1:].repeat(2).tolist())  # nothing to drop in the first
+    assert rates == pytest.approx(np.linspace(0, 0.2, 12).repeat(2).tolist())
 
 
 @torch.no_grad()

@@ -43,6 +43,15 @@ def test_what_timms_scripts_pass_along_is_accepted_or_refused_by_name():
         small(in_chans=1)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("stage_wise", [True, False])
+@pytest.mark.parametrize("name", ["EvoLeViT_128S", "evo_deit_tiny_patch16_224"])
+def test_of_no_image_there_are_no_logits(name, stage_wise):
+    model = timm.create_model(name, num_classes=7, img_size=64).eval()
+    model.set_stage_wise(stage_wise)
+    assert model(torch.zeros(0, 3, 64, 64)).shape == (0, 7)
+
+
 def test_training_gives_logits_for_timms_losses_unless_the_recipe_asks_for_all_heads():
     model, images = small().train(), torch.randn(2, 3, 112, 112)
     LabelSmoothingCrossEntropy()(model(images), torch.tensor([0, 1])).backward()
