@@ -13,7 +13,13 @@ from runtime import command  # noqa: F401  (first: it makes torchvision importab
 # isort: split
 from runtime.errors import RunFailed, UserError
 from runtime.machine.devices import select_device, synchronize
-from runtime.machine.memory import forget_peak_memory, give_back_freed, keep_freed_memory, peak_memory_mb
+from runtime.machine.memory import (
+    forget_peak_memory,
+    give_back_freed,
+    keep_freed_memory,
+    peak_memory_mb,
+    use_huge_pages,
+)
 from runtime.machine.processes import World, barrier, init_processes
 from runtime.machine.threads import share_cores
 
@@ -78,6 +84,8 @@ def _serve(connection, text, place, rank, meeting):
     contender.run()
     if not contenders.is_plain(place.task, text):
         give_back_freed(place.processes)  # what building and compiling have left
+        contender.run()
+        use_huge_pages()
     for _ in range(WARM_UP):
         contender.run()
     synchronize(device)

@@ -12,7 +12,7 @@ _HUGE_PAGE, _COLLAPSE = 14, 25
 _HUGE, _PIECE = 2 << 20, 32 << 20  # bytes; the system leaves a piece at the first page of it that cannot be moved
 _MOST = 16 << 30  # bytes that are reserved
 
-_forked = []  # holds something if this process has made others since it last asked for huge pages
+_broken_up = []  # holds something if huge pages can have become small ones since they were last brought together
 
 
 def peak_memory_mb(device):
@@ -70,14 +70,14 @@ def keep_freed_memory(processes=1):
 
 
 def use_huge_pages():
-    """Brings this process's memory together in huge pages again. To be called when a loader's workers have started,
-    which leaves small ones of what they have in common with this process, and a step has taken what it needs.
+    """Brings this process's memory together in huge pages again. To be called when a loader's workers have started or
+    freed memory was given back, which leaves small ones, and a step has taken what it needs.
 
-    Takes a second or two, and does nothing where no worker has started since. Linux before 6.1 leaves it for later.
+    Takes a second or two, and does nothing where neither has been since. Linux before 6.1 leaves it for later.
     """
     libc = _glibc()
-    if libc is not None and _forked and _may_reserve():
-        _forked.clear()
+    if libc is not None and _broken_up and _may_reserve():
+        _broken_up.clear()
         for start, end in _heap():
             for place in range(-(-start // _HUGE) * _HUGE, end, _PIECE):
                 libc.madvise(place, min(_PIECE, end - place), _COLLAPSE)
@@ -88,6 +88,7 @@ def give_back_freed(processes=1):
     keep_freed_memory was told."""
     libc = _glibc()
     if libc is not None:
+        _broken_up.append(True)
         libc.malloc_trim(0)
         _reserve(libc, processes)  # of which nothing is left
 
@@ -103,15 +104,11 @@ def _as_usual(libc):
 def _register_for_forks(libc, processes):
     """Free memory does not pass on to a loader's workers: this process, writing to it again, would copy it page by
     page, small ones, and they would hold what was there. They themselves keep nothing that they free."""
-    def give_back():
-        _forked.append(True)
-        give_back_freed(processes)
-
     def start_anew():
         _as_usual(libc)
         libc.malloc_trim(0)
 
-    os.register_at_fork(before=give_back, after_in_child=start_anew)
+    os.register_at_fork(before=lambda: give_back_freed(processes), after_in_child=start_anew)
 
 
 def _reserve(libc, processes):
