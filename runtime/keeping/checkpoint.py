@@ -295,10 +295,8 @@ def _one_line(error):
     return text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
 
 
-def _is_program(path):
-    """Whether `path` is a file of export.py that no checkpoint can be read from: by its suffix, or TorchScript."""
-    if path.endswith((".onnx", ".pt2")):
-        return True
+def is_torchscript(path: str) -> bool:
+    """Whether `path` is a TorchScript program, which lies in a zip archive as checkpoints do, under any name."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -313,7 +311,7 @@ def load_checkpoint(path: str, flag: str) -> Checkpoint:
     damaged, not a checkpoint, or that fails its name's hash.
     """
     path = local_file(path, flag)
-    if _is_program(path):
+    if path.endswith((".onnx", ".pt2")) or is_torchscript(path):
         raise UserError("{}: {} is an exported program, which main.py --eval alone takes; name the checkpoint that it "
                         "was made from".format(flag, path))
     try:

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import warnings
-import zipfile
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -16,7 +15,7 @@ from evo_vit.compat import TORCH
 
 from ..errors import UserError
 from ..machine.onnx_bytes import OLDEST_TORCH, onnx_bytes
-from .checkpoint import export_weights
+from .checkpoint import export_weights, is_torchscript
 from .files import write_whole
 
 KEY = "evo_levit"
@@ -144,12 +143,9 @@ def _format_of(path):
     """The Format of an exported program, None for a checkpoint of weights."""
     suffix = os.path.splitext(path)[1].lower()
     row = next((row for row in FORMATS.values() if row.suffix == suffix and row.read is not None), None)
-    if row is None or suffix != ".pt":
-        return row
-    if not zipfile.is_zipfile(path):
+    if suffix == ".pt" and not is_torchscript(path):  # other people's checkpoints are named so, too
         return None
-    with zipfile.ZipFile(path) as archive:  # other people's checkpoints are named .pt, too
-        return row if any(name.endswith("/constants.pkl") for name in archive.namelist()) else None
+    return row
 
 
 def read_program(path: str, flag: str) -> Optional[dict]:
